@@ -1,0 +1,192 @@
+"""Checkpoints that survive, and exports that plain transformers and peft load."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_runs import metrics, tiny_recipe
+from tract_fast import checkpoint, recipe as recipes, train
+from tract_fast.errors import RunStopped, UserError
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    train.run(tiny_recipe(tmp_path, checkpoint__every=1, checkpoint__keep_last=2))
+    names = sorted(p.name for p in checkpoint.folder(tmp_path / "run").iterdir())
+    assert names == ["latest", "step_000005", "step_000006"]
+    assert sorted(p.suffix for p in checkpoint.latest(tmp_path / "run").iterdir()) == [".json", ".safetensors"]
+
+
+@pytest.mark.parametrize("moment", ["rename", "pointer"])
+def test_killed_while_committing(tmp_path, monkeypatch, moment):
+    """Death just before the rename, and between rename and pointer: the previous checkpoint is what a resume finds."""
+    recipe = tiny_recipe(tmp_path, checkpoint__every=2)
+    real = {"rename": os.rename, "pointer": os.replace}[moment]
+
+    class Killed(BaseException):
+        pass
+
+    def die(source, target):
+        if "step_000004" in str(target) or (moment == "pointer" and str(target).endswith("latest") and four.exists()):
+            raise Killed
+        return real(source, target)
+
+    four = checkpoint.folder(tmp_path / "run") / "step_000004"
+    monkeypatch.setattr(os, {"rename": "rename", "pointer": "replace"}[moment], die)
+    with pytest.raises(Killed):
+        train.run(recipe)
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path / "run").name == "step_000002"
+    assert train.run(recipe) == 0
+    assert train.run(tiny_recipe(tmp_path, "whole")) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    """The write of step 4 fails as on a full disk: one sentence, step 2 whole, nothing half-written left behind."""
+    recipe = tiny_recipe(tmp_path, checkpoint__every=2)
+    real = checkpoint.dcp.save
+
+    def full(state, **options):
+        if checkpoint.latest(tmp_path / "run"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(state, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(RunStopped, match="step 4 could not be written: .*No space left.*step_000002 is whole"):
+        train.run(recipe)
+    monkeypatch.undo()
+    assert sorted(p.name for p in checkpoint.folder(tmp_path / "run").iterdir()) == ["latest", "step_000002"]
+    assert train.run(recipe) == 0
+
+
+def test_pointer_to_nothing(tmp_path):
+    folder = checkpoint.folder(tmp_path)
+    folder.mkdir()
+    (folder / "latest").write_text("step_000009\n")
+    with pytest.raises(UserError, match="names step_000009, which is not there"):
+        checkpoint.latest(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
+def test_export_after_full_fine_tuning(tmp_path, family):
+    """Plain transformers loads the folder and computes the logits of the trained model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    recipe = tiny_recipe(tmp_path, family=family)
+    train.run(recipe)
+    out = checkpoint.export(tmp_path / "run")
+    lm = AutoModelForCausalLM.from_pretrained(out)
+    weights = checkpoint.trained_weights(checkpoint.latest(tmp_path / "run"))
+    for name, value in lm.named_parameters():
+        assert torch.equal(value, weights[name]), name
+    tract = json.loads((out / "tract.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert [tokenizer.decode([i]).strip() for i in tract["token_ids"]] == tract["labels"] == ["1", "2", "3", "4", "5"]
+    assert tract["values"] == [1, 2, 3, 4, 5] and tract["normalize"] == "scores"
+    assert "###Score Rubrics" in tract["prompt_template"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_of_lora(tmp_path, dtype, capsys):
+    """Adapter on the base model, merged folder, and the trained model give the same logits; no lora_B is zero."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    recipe = tiny_recipe(tmp_path, lora__rank=4, train__lr=0.02, model__dtype=dtype)
+    train.run(recipe)
+    out = checkpoint.export(tmp_path / "run", tmp_path / "judge")
+    assert "logits differ by" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", dtype=getattr(torch, dtype))
+    ids = torch.randint(300, (1, 20))
+    untouched = base(ids).logits.float()
+    adapted = PeftModel.from_pretrained(base, str(out / "adapter"))
+    assert all(p.any() for n, p in adapted.named_parameters() if "lora_B" in n)
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert merged.dtype == getattr(torch, dtype)
+    change = (adapted(ids).logits.float() - untouched).norm()
+    difference = (adapted(ids).logits.float() - merged(ids).logits.float()).norm()
+    assert change > 0.05 * untouched.norm(), "the run must have learnt something for this test to mean anything"
+    assert difference < (1e-5 if dtype == "float32" else 0.02) * untouched.norm()
+    stored = checkpoint.trained_weights(checkpoint.latest(tmp_path / "run"))
+    for name, value in adapted.base_model.model.named_parameters():
+        if "lora_" in name:
+            torch.testing.assert_close(value.float(), stored[name], msg=name)
+    for part in ("adapter", "merged"):
+        assert json.loads((out / part / "tract.json").read_text())["labels"] == ["1", "2", "3", "4", "5"]
+
+
+def test_export_of_a_given_step(tmp_path):
+    train.run(tiny_recipe(tmp_path, checkpoint__every=2, checkpoint__keep_last=5))
+    with pytest.raises(UserError, match="no checkpoint of step 3 to export"):
+        checkpoint.export(tmp_path / "run", step=3)
+    with pytest.raises(UserError, match="holds no checkpoint to export"):
+        checkpoint.export(tmp_path / "elsewhere")
+    from safetensors.torch import load_file
+
+    early = load_file(checkpoint.export(tmp_path / "run", tmp_path / "early", step=2) / "model.safetensors")
+    late = load_file(checkpoint.export(tmp_path / "run", tmp_path / "late") / "model.safetensors")
+    assert not torch.equal(early["model.norm.weight"], late["model.norm.weight"])
+
+
+@pytest.mark.soak
+def test_killed_at_random_instants(tmp_path):
+    """20 SIGKILLs; afterwards the metrics are those of a run that was never killed."""
+    recipe = tiny_recipe(tmp_path, train__max_steps=300, checkpoint__every=7, train__eval_every=50)
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe))
+    command = [sys.executable, "-m", "tract_fast", "train", str(tmp_path / "recipe.yaml")]
+    rng, kills = random.Random(0), 0
+    while kills < 20:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        lines = tmp_path / "run" / "metrics.jsonl"
+        before = lines.read_text().count("\n") if lines.exists() else 0
+        patience = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < patience:
+            if lines.exists() and lines.read_text().count("\n") != before:
+                break
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 1.0))
+        if process.poll() is not None:
+            assert process.returncode == 0, process.stderr.read()
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    print(f"{kills} kills")
+    assert kills >= 5 and train.run(recipe) == 0
+    train.run(tiny_recipe(tmp_path, "whole", train__max_steps=300, checkpoint__every=7, train__eval_every=50))
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_a_disk_that_is_really_full(tmp_path):
+    """A tmpfs with room for one checkpoint and a bit: the run stops with one sentence, the checkpoint loads."""
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)], check=True)
+    try:
+        recipe = tiny_recipe(tmp_path, checkpoint__every=2, run__dir=str(small / "run"))
+        (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe))
+        command = [sys.executable, "-m", "tract_fast", "train", str(tmp_path / "recipe.yaml")]
+        subprocess.run([*command, "--train.max_steps", "2"], check=True, capture_output=True)
+        filler = small / "filler"
+        filler.write_bytes(b"x" * (shutil.disk_usage(small).free - 60_000))
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        assert checkpoint.latest(small / "run").name == "step_000002"
+        filler.unlink()
+        subprocess.run(command, check=True, capture_output=True)
+        assert checkpoint.latest(small / "run").name == "step_000006"
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

@@ -1,0 +1,194 @@
+"""Whole runs on tiny models: gradients do not depend on packing, resuming is exact, faults stop before harm."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.tiny_runs import metrics, tiny_recipe
+from tract_fast import checkpoint, model, recipe as recipes, shard, train
+from tract_fast.data import batch as batches
+from tract_fast.errors import RunStopped, UserError
+from tract_fast.model import bare_batch, hidden_states
+from tract_fast.prepare import prepare
+
+
+def gradients(recipe, step=0):
+    """Gradients of one optimizer step, before clipping, by parameter name."""
+    with shard.start_ranks() as ranks:
+        job = train.assemble(recipe, ranks, prepare(recipe, lambda text: None), lambda text: None)
+        examples, micro_batches, norm = train.plan_step(job, step)
+        loss = 0.0
+        for chosen in micro_batches:
+            part = batches.collate([examples[i] for i in chosen], norm, score_ce=recipe.loss.score_ce)
+            out = job.model(part)
+            out.loss.backward()
+            loss += out.loss.item()
+        found = {n: p.grad.full_tensor().clone() for n, p in job.model.trainable().items()}
+        return loss, found, len(micro_batches), examples, job
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_packing_does_not_change_the_gradient(tmp_path, family, reduction):
+    """A batch of 8 in one micro-batch, in several, and in 8."""
+    settings = {"family": family, "train__batch": 8, "loss__ce_reduction": reduction}
+    lengths = sorted(len(e.ids) for e in prepare(tiny_recipe(tmp_path, **settings), lambda text: None).train)
+    results = [gradients(tiny_recipe(tmp_path, train__max_tokens=m, **settings)) for m in (4096, 300, lengths[-1])]
+    assert [r[2] for r in results][0] == 1 and results[1][2] in (2, 3, 4, 5) and results[2][2] >= 5
+    for loss, found, *_ in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        for name, grad in found.items():
+            torch.testing.assert_close(grad, results[0][1][name], rtol=2e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gradient_equals_plain_autograd(tmp_path, lora_rank):
+    """Against an unpacked, unsharded computation that knows nothing of batches: example by example, full logits."""
+    recipe = tiny_recipe(
+        tmp_path, lora__rank=lora_rank, loss__regression_weight=0.7, loss__ce_weight=0.9, loss__normalize="vocab"
+    )
+    loss, found, _, examples, job = gradients(recipe)
+    data = prepare(recipe, lambda text: None)
+    built = model.build(recipe, data.config, data.tokenizer, data.scale, torch.device("cpu"), lambda text: None)
+    built.train()
+    values = torch.tensor(data.scale.values)
+    n_tokens = sum(len(e.ids) - e.prompt_len for e in examples)
+    total = 0.0
+    for e in examples:
+        ids = torch.tensor(e.ids)
+        hidden = hidden_states(built.backbone, bare_batch([ids]))
+        logp = torch.log_softmax(hidden @ built.head.weight.T, dim=-1)
+        ce = -sum(logp[t - 1, ids[t]] for t in range(e.prompt_len, len(ids)))
+        expected = (logp[len(ids) - 3, list(data.scale.token_ids)].exp() * values).sum()
+        total = total + 0.9 * ce / n_tokens + 0.7 * (expected - e.score) ** 2 / len(examples)
+    total.backward()
+    assert loss == pytest.approx(total.item(), rel=1e-5)
+    assert found
+    for name, p in built.trainable().items():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def weights(run_dir, step):
+    (file,) = (checkpoint.folder(Path(run_dir)) / f"step_{step:06d}").glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lora__rank": 4, "lora__dropout": 0.2, "model__dtype": "bfloat16"},
+        {"train__activation_checkpointing": "full", "lora__rank": 4, "lora__dropout": 0.2},
+    ],
+    ids=["full", "lora-dropout-bf16", "recompute-dropout"],
+)
+def test_resume_is_bitwise(tmp_path, settings):
+    """6 steps = 3 + resume + 3 bit for bit, data order, dropout and optimizer included, over an epoch boundary."""
+    assert train.run(tiny_recipe(tmp_path, "whole", **settings)) == 0
+    half = tiny_recipe(tmp_path, "half", **settings)
+    stop_after(half, 3)
+    assert checkpoint.latest(tmp_path / "half").name == "step_000003"
+    assert train.run(half) == 0
+    whole, halves = weights(tmp_path / "whole", 6), weights(tmp_path / "half", 6)
+    assert set(whole) == set(halves)
+    for name, value in whole.items():
+        assert torch.equal(value, halves[name]), name
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "half")
+
+
+def stop_after(recipe, step):
+    """Run until ``step`` steps are done, then as a SIGTERM would end it."""
+    taken = train.train_step
+
+    def step_then_signal(job, i, stop):
+        if i + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return taken(job, i, stop)
+
+    train.train_step = step_then_signal
+    try:
+        assert train.run(recipe) == 75
+    finally:
+        train.train_step = taken
+
+
+def test_metrics_lines(tmp_path):
+    recipe = tiny_recipe(tmp_path, train__eval_every=2)
+    train.run(recipe)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "eval" not in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    names = "step loss ce mse score_mass score_mae lr grad_norm tokens rows seconds".split()
+    assert all(list(line) == names for line in steps)
+    held_out = [line for line in lines if "eval" in line]
+    assert [line["step"] for line in held_out] == [0, 2, 4, 6]
+    assert set(held_out[0]["eval"]) == {"pearson", "spearman", "rmse", "mae", "ce", "score_mass", "n"}
+    assert held_out[-1]["eval"]["ce"] < held_out[0]["eval"]["ce"], "a model that trains gets better at its own format"
+
+
+def test_resolved_recipe_runs_again(tmp_path):
+    recipe = tiny_recipe(tmp_path, train__max_steps=2)
+    train.run(recipe)
+    again = recipes.load(tmp_path / "run" / "recipe.yaml", ["--run.dir", str(tmp_path / "again")])
+    train.run(again)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "again")
+
+
+def test_loss_that_is_not_finite_stops_before_the_update(tmp_path):
+    recipe = tiny_recipe(tmp_path, train__lr=1e30, train__clip=None, checkpoint__every=1)
+    with pytest.raises(RunStopped, match=r"is (nan|inf) at step \d, before the update; its examples: data.jsonl:\d+"):
+        train.run(recipe)
+    kept = weights(tmp_path / "run", int(checkpoint.latest(tmp_path / "run").name[-6:]))
+    lines = metrics(tmp_path / "run")
+    assert kept and lines[-1]["step"] == int(checkpoint.latest(tmp_path / "run").name[-6:])
+
+
+def test_resume_refuses_another_recipe(tmp_path):
+    recipe = tiny_recipe(tmp_path, train__max_steps=2)
+    train.run(recipe)
+    with pytest.raises(UserError, match=r"train.lr was 0.001, is 0.5.*choose another run.dir"):
+        train.run(tiny_recipe(tmp_path, train__max_steps=2, train__lr=0.5))
+    with pytest.raises(UserError, match="run.resume = never"):
+        train.run(tiny_recipe(tmp_path, train__max_steps=2, run__resume="never"))
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=3)) == 0, "max_steps may grow"
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match="is not what .*step_000003 was trained on"):
+        train.run(tiny_recipe(tmp_path, train__max_steps=4))
+
+
+@pytest.mark.parametrize("setting", ["full", "2", "selective"])
+def test_activation_checkpointing_is_exact(tmp_path, setting):
+    _, plain, *_ = gradients(tiny_recipe(tmp_path, lora__rank=4))
+    _, found, *_ = gradients(tiny_recipe(tmp_path, lora__rank=4, train__activation_checkpointing=setting))
+    for name, grad in plain.items():
+        assert torch.equal(grad, found[name]), name
+
+
+def test_ctrl_c_saves_and_goes_on(tmp_path):
+    """A real process, interrupted in the middle, leaves a whole checkpoint, says how to go on, and does."""
+    recipe = tiny_recipe(tmp_path, train__max_steps=2000, checkpoint__every=1000)
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe))
+    command = [sys.executable, "-m", "tract_fast", "train", str(tmp_path / "recipe.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 4):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "the same command goes on from here" in printed and "Traceback" not in printed
+    done = int(checkpoint.latest(tmp_path / "run").name[-6:])
+    assert metrics(tmp_path / "run")[-1]["step"] == done
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=done + 1, checkpoint__every=1000)) == 0
+    assert metrics(tmp_path / "run")[-2]["step"] == done + 1

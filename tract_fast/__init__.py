@@ -1,0 +1,23 @@
+"""Train LLM judges whose score is a number: TRACT (arXiv 2503.04381).
+
+Nothing is loaded until it is used: ``import tract_fast`` imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "linear_tract_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "linear_tract_loss":
+        from tract_fast.loss import linear_tract_loss
+
+        return linear_tract_loss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,155 @@
+"""Attention over packed documents, behind transformers' attention interface.
+
+The model is called with one row of T tokens and the cumulative lengths of its documents; every document attends to
+itself alone, causally, with queries aligned to the end of its keys. No mask is built: transformers makes none for an
+attention name it does not know (DESIGN section 6), and calling with ``use_cache=False`` and no attention mask is what
+keeps documents apart.
+
+Two functions serve it: ``torch.nn.attention.varlen.varlen_attn`` (one kernel call, CUDA, 16-bit) and a loop over
+documents (SDPA, any device and dtype; explicit softmax where the model caps its attention logits). transformers' own
+flash-attention names can be asked for and take the same arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from tract_fast.errors import UserError
+
+VARLEN, DOCUMENTS = "tract_varlen", "tract_documents"
+
+
+def resolve_attention(setting: str, device: torch.device, dtype: torch.dtype, softcap: bool) -> tuple[str, str]:
+    """The attention name for transformers and the reason for it.
+
+    ``setting`` is ``model.attention``; ``softcap`` says whether the model caps its attention logits (Gemma 2), which
+    neither ``varlen_attn`` nor SDPA computes. Raises UserError where the setting cannot work.
+    """
+    if setting == "sdpa":
+        return DOCUMENTS, "asked for: one SDPA call per document"
+    if setting.startswith("flash_attention"):
+        if device.type != "cuda":
+            raise UserError(f"model.attention = {setting} needs a CUDA device and this is {device.type}: write auto")
+        return setting, "asked for"
+    obstacle = None
+    if device.type != "cuda":
+        obstacle = f"varlen_attn runs on CUDA only and this is {device.type}"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        obstacle = f"varlen_attn computes in 16 bits only and model.dtype is {dtype}".replace("torch.", "")
+    elif softcap:
+        obstacle = "varlen_attn has no cap on attention logits"
+    if obstacle is None:
+        return VARLEN, "varlen_attn: one kernel call for all documents"
+    if setting == "varlen":
+        raise UserError(f"model.attention = varlen: {obstacle}: write auto")
+    if softcap and device.type == "cuda":
+        raise UserError(
+            "model.attention = auto: this model caps its attention logits, which varlen_attn does not compute: install "
+            "flash-attn and write flash_attention_2"
+        )
+    return DOCUMENTS, f"one attention call per document ({obstacle})"
+
+
+def register() -> None:
+    """Make both functions known to transformers under their names."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(VARLEN, varlen_attention)
+    AttentionInterface.register(DOCUMENTS, document_attention)
+
+
+@functools.cache
+def _varlen():
+    from torch.nn.attention import varlen
+
+    return varlen.varlen_attn, "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, G, T, D), G divides H
+    value: Tensor,  # (1, G, T, D)
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **unused,
+) -> tuple[Tensor, None]:
+    """All documents in one ``varlen_attn`` call; returns (1, T, H, D)."""
+    _refuse(attention_mask, unused)
+    attend, has_gqa = _varlen()
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    gqa = {}
+    if q.shape[1] != k.shape[1]:
+        if has_gqa:
+            gqa = {"enable_gqa": True}
+        else:  # torch 2.11: heads must match
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    window = (sliding_window - 1 if sliding_window else -1, 0)
+    out = attend(
+        q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scale=scaling, window_size=window, **gqa
+    )
+    return out[None], None
+
+
+@torch.compiler.disable  # a loop over document lengths: nothing to trace, and every packing would be a new graph
+def document_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # (1, H, T, D)
+    key: Tensor,  # (1, G, T, D), G divides H
+    value: Tensor,  # (1, G, T, D)
+    attention_mask: Tensor | None,
+    *,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unused,
+) -> tuple[Tensor, None]:
+    """One attention call per document; returns (1, T, H, D). On CUDA it costs one sync per call (the lengths)."""
+    _refuse(attention_mask, unused)
+    lengths_q, lengths_k = (cu.diff().tolist() for cu in (cu_seq_lens_q, cu_seq_lens_k))
+    documents = zip(query.split(lengths_q, 2), key.split(lengths_k, 2), value.split(lengths_k, 2), strict=True)
+    out = [_one_document(*qkv, scaling, sliding_window, softcap) for qkv in documents]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _one_document(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, cap: float | None) -> Tensor:
+    n_q, n_k = q.shape[2], k.shape[2]
+    gqa = q.shape[1] != k.shape[1]
+    windowed = window is not None and n_k > window
+    if not cap and not windowed and n_q == n_k:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+    ahead = torch.arange(n_k - n_q, n_k, device=q.device)[:, None] - torch.arange(n_k, device=q.device)  # (n_q, n_k)
+    visible = (ahead >= 0) & (ahead < window) if windowed else ahead >= 0
+    if not cap:
+        return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    logits = (q @ k.transpose(2, 3)) * (q.shape[3] ** -0.5 if scale is None else scale)
+    logits = (torch.tanh(logits / cap) * cap).masked_fill(~visible, float("-inf"))
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    return torch.softmax(logits, dim=-1, dtype=precise).to(v.dtype) @ v
+
+
+def _refuse(attention_mask: Tensor | None, unused: dict) -> None:
+    """What neither function computes must stop the run, not change its result."""
+    if attention_mask is not None:
+        raise UserError("packed documents take no attention mask")
+    if unused.get("dropout"):
+        raise UserError(f"attention dropout {unused['dropout']} is not supported: set attention_dropout to 0 in the config")
+    for name in ("s_aux", "position_bias", "indices_to_mask"):
+        if unused.get(name) is not None:
+            raise UserError(f"this model's attention needs '{name}', which packed attention does not compute")

@@ -1,0 +1,247 @@
+"""Save, resume and export.
+
+A checkpoint is a folder ``run.dir/checkpoints/step_000500`` with what was trained and AdamW's state as safetensors
+(written and read through torch's distributed checkpoint, so that shards of any number of ranks can be put together
+again) and ``state.json``. Nothing in it is unpickled. It is written under a temporary name and renamed when complete;
+``latest`` is replaced last: killed at any instant, the previous checkpoint is whole.
+
+Random numbers need no state: each step seeds its generator from (seed, step, rank), and the data order is arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from tract_fast import recipe as recipes
+from tract_fast.data import prompt
+from tract_fast.data.scores import ScoreScale, find_scale
+from tract_fast.errors import UserError
+from tract_fast.model import DTYPES, TractModel, load_lm, load_tokenizer, lora_config
+from tract_fast.recipe import Recipe
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: ``step`` optimizer steps are done, on data with this fingerprint."""
+
+    step: int
+    fingerprint: str
+
+
+def folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None. Raises UserError where the pointer leads nowhere."""
+    pointer = folder(run_dir) / "latest"
+    if not pointer.exists():
+        return None
+    path = folder(run_dir) / pointer.read_text().strip()
+    if not (path / "state.json").is_file():
+        raise UserError(f"{pointer} names {path.name}, which is not there: write the name of a complete checkpoint in it")
+    return path
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write ``text`` to ``path`` so that a reader sees the old file or the new one, whole and on disk."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make a folder's or file's change survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def training_state(model: TractModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trained parameters and their AdamW state as one flat dictionary; state that does not exist yet is made of zeros.
+
+    The tensors are the live ones: loading into them restores the run.
+    """
+    flat: dict[str, Tensor] = {}
+    for name, p in model.trainable().items():
+        state = optimizer.state[p]
+        if not state:
+            zero = torch.zeros((), dtype=torch.float32, device=p.device)
+            state |= {"step": zero, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        flat[f"model.{name}"] = p.data
+        flat |= {f"optimizer.{name}.{key}": state[key] for key in MOMENTS}
+    return flat
+
+
+def save(run_dir: Path, model: TractModel, optimizer: torch.optim.Optimizer, progress: Progress, keep_last: int) -> Path:
+    """Write the checkpoint of ``progress.step`` and drop all but the newest ``keep_last``. Every rank must call it.
+
+    Raises OSError (such as a full disk) with the previous checkpoint whole and the unfinished one removed.
+    """
+    final = folder(run_dir) / f"step_{progress.step:06d}"
+    partial = final.with_suffix(".tmp")
+    is_main = dist.get_rank() == 0
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    try:
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(training_state(model, optimizer), storage_writer=writer)
+        if is_main:
+            _commit(partial, final, progress, keep_last)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"checkpoint of step {progress.step} could not be written: {_root_cause(error)}") from error
+    dist.barrier()
+    return final
+
+
+def _commit(partial: Path, final: Path, progress: Progress, keep_last: int) -> None:
+    for file in partial.iterdir():
+        _sync(file)
+    state = {"step": progress.step, "fingerprint": progress.fingerprint, "world": dist.get_world_size()}
+    replace_file(partial / "state.json", json.dumps(state))
+    if final.exists():  # an earlier run was stopped between rename and pointer
+        shutil.rmtree(final)
+    os.rename(partial, final)
+    _sync(final.parent)
+    replace_file(final.parent / "latest", final.name + "\n")
+    complete = sorted(p for p in final.parent.glob("step_*") if p.suffix != ".tmp")
+    for old in complete[:-keep_last]:
+        shutil.rmtree(old)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The innermost reason, in one line: the checkpoint library wraps it in its own errors."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return " ".join(str(error).split())[:300]
+
+
+def load(path: Path, model: TractModel, optimizer: torch.optim.Optimizer) -> Progress:
+    """Restore parameters and optimizer state in place from a checkpoint of this run; returns where it stood."""
+    state = training_state(model, optimizer)
+    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return Progress(step=saved["step"], fingerprint=saved["fingerprint"])
+
+
+def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> Path:
+    """Turn a run's checkpoint (the newest, or that of ``step``) into folders that plain transformers and peft load.
+
+    Full fine-tuning: ``out`` is a Hugging Face folder. LoRA: ``out/adapter`` is a PEFT adapter and ``out/merged`` a
+    Hugging Face folder with the adapter merged in. Each has the tokenizer and ``tract.json`` (score labels, token ids,
+    values, normalisation, prompt template). Weights are written in ``model.dtype``. Default ``out``: ``run_dir/judge``.
+    Can be repeated. Raises UserError where the run holds no such checkpoint.
+    """
+    run_dir, out = Path(run_dir), Path(out) if out else Path(run_dir) / "judge"
+    source = latest(run_dir) if step is None else folder(run_dir) / f"step_{step:06d}"
+    if source is None or not (source / "state.json").is_file():
+        raise UserError(f"{run_dir} holds no checkpoint{f' of step {step}' if step is not None else ''} to export")
+    recipe = recipes.load(run_dir / "recipe.yaml", [])
+    tokenizer = load_tokenizer(recipe.model)
+    scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)
+    description = json.dumps(describe(recipe, scale), indent=2, ensure_ascii=False) + "\n"
+    dtype = DTYPES[recipe.model.dtype]
+    lm = load_lm(recipe.model, dtype=torch.float32, attention_name="sdpa")
+    weights = trained_weights(source)
+    if recipe.lora.rank:
+        folders = _export_lora(lm, recipe, weights, dtype, out)
+    else:
+        missing = _load_weights(lm, weights)
+        if missing:
+            raise UserError(f"{source} lacks {len(missing)} trained weights, such as {sorted(missing)[0]}")
+        lm.to(dtype).save_pretrained(out)
+        folders = [out]
+    for target in folders:
+        tokenizer.save_pretrained(target)
+        (target / "tract.json").write_text(description, encoding="utf-8")
+    return out
+
+
+def trained_weights(source: Path) -> dict[str, Tensor]:
+    """The trained parameters of a checkpoint, whole, on the CPU."""
+    reader = HuggingFaceStorageReader(str(source))
+    stored = reader.read_metadata().state_dict_metadata
+    weights = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in stored.items()
+        if key.startswith("model.")
+    }
+    dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=True)
+    return {key.removeprefix("model."): value for key, value in weights.items()}
+
+
+def _load_weights(lm, weights: dict[str, Tensor]) -> set[str]:
+    """Copy ``weights`` into the model by name; returns the names of trained parameters that were not given."""
+    parameters = dict(lm.named_parameters())
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
+    return {name for name, p in parameters.items() if p.requires_grad} - set(weights)
+
+
+def _export_lora(lm, recipe: Recipe, weights: dict[str, Tensor], dtype: torch.dtype, out: Path) -> list[Path]:
+    """Write the adapter, merge it in float32, write the merged model, and say how far their logits are apart."""
+    from peft import get_peft_model
+
+    if not any(value.any() for name, value in weights.items() if "lora_B" in name):
+        raise UserError("every lora_B is zero: this checkpoint has learnt nothing, or was not written whole")
+    adapted = get_peft_model(lm.to(dtype).float(), lora_config(recipe.lora))  # the base as it was trained: rounded
+    missing = _load_weights(adapted.base_model.model, weights)
+    if missing:
+        raise UserError(f"the checkpoint lacks {len(missing)} adapter weights, such as {sorted(missing)[0]}")
+    adapted.save_pretrained(out / "adapter")
+    probe = torch.arange(16)[None] % adapted.config.get_text_config().vocab_size
+    adapted.eval()
+    with torch.no_grad():
+        before = adapted(probe).logits
+        merged = adapted.merge_and_unload().to(dtype)
+        after = merged(probe).logits.float()
+    error = ((after - before).norm() / before.norm()).item()
+    print(f"merged and written in {recipe.model.dtype}: logits differ by {error:.1e} (relative)")
+    merged.save_pretrained(out / "merged")
+    return [out / "adapter", out / "merged"]
+
+
+def describe(recipe: Recipe, scale: ScoreScale) -> dict:
+    """``tract.json``: what a judge needs besides its weights."""
+    return {
+        "format": 1,
+        "labels": list(scale.labels),
+        "values": list(scale.values),
+        "token_ids": list(scale.token_ids),
+        "prefix_ids": list(scale.prefix_ids),
+        "normalize": recipe.loss.normalize,
+        "rationale": recipe.data.rationale,
+        "chat_template_kwargs": recipe.data.chat_template_kwargs,
+        "prompt_template": prompt.TEMPLATE,
+        "score_sentence": prompt.SCORE_SENTENCE,
+        "base_model": recipe.model.path,
+        "dtype": recipe.model.dtype,
+    }

@@ -1,0 +1,267 @@
+"""Judgements from files and data sets: a prompt, a rationale and a score each, whatever the format they come in.
+
+Formats, told apart by their fields:
+
+- plain: ``prompt, rationale, score`` and, if wanted, ``weight, id, question``;
+- Feedback Collection: ``output`` ("... So the overall score is 4. [RESULT] 4") with ``instruction`` (the whole prompt)
+  or the ``orig_...`` parts that fill the template;
+- benchmarks (Vicuna, MT-Bench, FLASK, Feedback Bench): ``instruction, gpt4_score, gpt4_feedback``, the last two lists;
+  one example per pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tract_fast.data.prompt import PARTS, fill_template
+from tract_fast.data.records import EXAMPLE, Record, Skipped, read_records
+from tract_fast.errors import UserError
+
+RESULT = re.compile(r"\[RESULT\]\s*(\S+)")
+SCORE_SENTENCE = re.compile(r"So the overall score is\s+(?:an? )?(\S+)")
+AROUND_SCORE = "()[]{}\"'*`.,;:!"  # what may stand around a score in a judge's output
+RESPONSE_HEADING = "###Response to evaluate"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One judgement. ``score`` is a value of the scale, or a mean of annotators between two of them.
+
+    ``rationale`` is empty when rationales are dropped. ``question`` is what a split must keep together; ``weight`` is
+    relative to the other examples.
+    """
+
+    id: str
+    prompt: str
+    rationale: str
+    score: float
+    question: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Examples in file order, the records that are not among them and why, and facts worth telling."""
+
+    examples: list[Example]
+    skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Broken(ValueError):
+    """What is wrong with one record."""
+
+
+def read_examples(
+    source: str, *, labels: Sequence[str], values: Sequence[float], rationale: str, on_error: str
+) -> Loaded:
+    """Read ``source``: a .json, .jsonl or .parquet file, ``package:NAME/path``, or a hub data set ``name[:split]``.
+
+    The rationale is the text before its first "So the overall", else before "[RESULT]" ("keep"); with "drop" it is not
+    needed and left empty. A record that is not JSON or UTF-8, lacks a field, has one twice or of another type, or whose
+    score is not on the scale is broken: "fail" raises at the first, "skip" leaves it out and lists it.
+    Raises UserError, too, when nothing can be read or no example is left.
+    """
+    scale = dict(zip(labels, map(float, values), strict=True))
+    examples: list[Example] = []
+    skipped: list[Skipped] = []
+    ids: set[str] = set()
+    for record in read_records(source):
+        for where, item in _convert(record, scale, rationale):
+            if isinstance(item, str):
+                skipped.append(Skipped(where, item))
+            elif item.id in ids:
+                skipped.append(Skipped(where, f"its id {item.id!r} is that of a record before it"))
+            else:
+                ids.add(item.id)
+                examples.append(item)
+    if skipped and (on_error == "fail" or not examples):
+        more = f" (and {len(skipped) - 1} more broken records)" if len(skipped) > 1 else ""
+        way_out = "data.on_error: skip leaves such records out" if examples else "no record can be used"
+        raise UserError(f"{skipped[0].where}: {skipped[0].why}{more}; {way_out}")
+    if not examples:
+        raise UserError(f"{source} has no records")
+    return Loaded(examples=examples, skipped=skipped, notes=_notes(examples, scale))
+
+
+def split_by_question(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, whole questions on one side, at least one on each side when ``share`` > 0.
+
+    Which questions are held out depends on their text and on ``seed``, not on their order in the file. Raises UserError
+    when ``share`` is not in [0, 1) or there is only one question.
+    """
+    if not 0 <= share < 1:
+        raise UserError(f"data.holdout = {share}: write a share of the questions from 0 to less than 1")
+    questions = sorted({e.question for e in examples}, key=lambda q: hashlib.sha256(f"{seed} {q}".encode()).digest())
+    if share == 0:
+        return list(examples), []
+    if len(questions) < 2:
+        raise UserError(
+            f"data.holdout = {share}: a split needs two questions, and all examples are on one; set it to 0"
+        )
+    count = min(max(1, round(share * len(questions))), len(questions) - 1)
+    held = set(questions[:count])
+    return [e for e in examples if e.question not in held], [e for e in examples if e.question in held]
+
+
+def question_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> int:
+    """How many questions are in both."""
+    return len({e.question for e in train} & {e.question for e in evaluation})
+
+
+def _convert(record: Record | Skipped, scale: dict[str, float], rationale: str) -> Iterator[tuple[str, Example | str]]:
+    """(where, example) of all that one record holds; in place of an example, what is wrong with it."""
+    if isinstance(record, Skipped):
+        yield record.where, record.why
+        return
+    try:
+        drafts = _drafts(record, scale, rationale)
+    except _Broken as broken:
+        yield record.where, str(broken)
+        return
+    for where, fields in drafts:
+        try:
+            yield where, _example(where, fields, scale, rationale)
+        except _Broken as broken:
+            yield where, str(broken)
+
+
+def _drafts(record: Record, scale: dict[str, float], rationale: str) -> list[tuple[str, dict[str, Any]]]:
+    """The record as plain ones: (where, fields). A field that is null counts as missing (tables fill gaps with it)."""
+    fields = {key: value for key, value in record.fields.items() if value is not None}
+    if "gpt4_score" in fields:
+        return list(_benchmark(record.where, fields, scale, rationale))
+    if "output" in fields and ("instruction" in fields or "orig_instruction" in fields):
+        return [(record.where, _collection(fields, scale))]
+    if "prompt" in fields:
+        return [(record.where, fields)]
+    names = ", ".join(list(map(str, fields))[:8]) or "none"
+    raise _Broken(f"its fields ({names}) are of no known format: write {EXAMPLE}")
+
+
+def _benchmark(
+    where: str, fields: dict[str, Any], scale: dict[str, float], rationale: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    scores = fields["gpt4_score"]
+    if not isinstance(scores, list) or not scores:
+        raise _Broken(f'the field "gpt4_score" is {scores!r:.40}, not a list of scores')
+    feedbacks = fields.get("gpt4_feedback") if rationale == "keep" else [None] * len(scores)
+    if not isinstance(feedbacks, list) or len(feedbacks) != len(scores):
+        raise _Broken(
+            f'the field "gpt4_feedback" must be a list of {len(scores)} texts, as many as gpt4_score has scores'
+        )
+    for number, (score, feedback) in enumerate(zip(scores, feedbacks, strict=True), 1):
+        # What a judge wrote is a label, even where the file has it as a number.
+        score = str(score) if isinstance(score, int) and str(score) in scale else score
+        draft = {"prompt": fields.get("instruction"), "rationale": feedback, "score": score}
+        yield f"{where}#{number}", {k: v for k, v in draft.items() if v is not None}
+
+
+def _collection(fields: dict[str, Any], scale: dict[str, float]) -> dict[str, Any]:
+    output = _text(fields, "output")
+    if "instruction" in fields:
+        prompt = _text(fields, "instruction")
+    else:
+        prompt = fill_template({part: _text(fields, part) for part in PARTS})
+    found = {}
+    for name, pattern in (("[RESULT]", RESULT), ("the score sentence", SCORE_SENTENCE)):
+        matches = pattern.findall(output)
+        if matches:
+            label = matches[-1] if matches[-1] in scale else matches[-1].strip(AROUND_SCORE)
+            if label in scale or name == "[RESULT]":
+                found[name] = label
+    if not found:
+        raise _Broken(f"output has no score: neither '[RESULT] n' nor 'So the overall score is n' ({output[-40:]!r})")
+    if len(set(found.values())) > 1:
+        raise _Broken("output has two scores: " + " and ".join(f"{v} in {k}" for k, v in found.items()))
+    return {"prompt": prompt, "rationale": output, "score": next(iter(found.values()))}
+
+
+def _example(where: str, fields: dict[str, Any], scale: dict[str, float], rationale: str) -> Example:
+    prompt = _text(fields, "prompt")
+    text = ""
+    if rationale == "keep":
+        if "rationale" not in fields:
+            raise _Broken('the field "rationale" is missing (data.rationale: drop trains on scores alone)')
+        text = cut_rationale(_text(fields, "rationale"))
+        if not text:
+            raise _Broken("the rationale is empty")
+    if "question" in fields:
+        question = _name(fields, "question")
+    else:
+        question = prompt.partition(RESPONSE_HEADING)[0].strip() or prompt
+    weight = fields.get("weight", 1.0)
+    if not _is_number(weight) or not weight > 0:
+        raise _Broken(f"weight = {weight!r}: write a number above 0")
+    return Example(
+        id=_name(fields, "id") if "id" in fields else where,
+        prompt=prompt,
+        rationale=text,
+        score=_score(fields.get("score"), scale),
+        question=question,
+        weight=float(weight),
+    )
+
+
+def cut_rationale(text: str) -> str:
+    """The reasoning before a verdict: up to the first "So the overall", else up to "[RESULT]", without outer space."""
+    before, verdict, _ = text.partition("So the overall")
+    return (before if verdict else text.partition("[RESULT]")[0]).strip()
+
+
+def _text(fields: dict[str, Any], name: str) -> str:
+    if name not in fields:
+        raise _Broken(f'the field "{name}" is missing')
+    text = fields[name]
+    if not isinstance(text, str):
+        raise _Broken(f'the field "{name}" is {text!r:.40}, not a text')
+    if not text.strip():
+        raise _Broken(f'the field "{name}" is empty')
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _Broken(f'the field "{name}" holds half a character ({text[error.start]!r})') from None
+    return text
+
+
+def _name(fields: dict[str, Any], name: str) -> str:
+    """An id or a question: a text, or a whole number."""
+    value = fields[name]
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _text(fields, name)
+
+
+def _score(raw: Any, scale: dict[str, float]) -> float:
+    """The value of a label, a value itself, or a number between two values."""
+    if raw is None:
+        raise _Broken('the field "score" is missing')
+    ends = min(scale.values()), max(scale.values())
+    if isinstance(raw, str) and raw.strip() in scale:
+        return scale[raw.strip()]
+    if _is_number(raw) and ends[0] <= raw <= ends[1]:
+        if scale.get(str(raw), raw) != raw:
+            raise _Broken(f'score = {raw} is a label and another label\'s value: write the label as a text, "{raw}"')
+        return float(raw)
+    raise _Broken(
+        f"score = {raw!r:.40} is not on the scale: write one of the labels {', '.join(scale)} as a text, or a number "
+        f"from {ends[0]:g} to {ends[1]:g} (score.labels, score.values)"
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _notes(examples: list[Example], scale: dict[str, float]) -> list[str]:
+    between = sum(e.score not in scale.values() for e in examples)
+    if not between:
+        return []
+    return [
+        f"{between} of {len(examples)} scores lie between two labels: the squared error takes them as they are, "
+        "the text has the nearest label"
+    ]

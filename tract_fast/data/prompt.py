@@ -1,0 +1,246 @@
+"""From an example to token ids: template, chat template, target text, and where the score is.
+
+A sequence is the rendered prompt, the rationale, the score sentence, one score token and EOS. Each piece is tokenized
+on its own and the ids are joined, because that is how a judge meets them: the prompt is given, the rationale is written
+after it, the score sentence is forced after that. The chat template writes whatever BOS there is; encoding adds none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from rich.text import Text
+
+from tract_fast.data.scores import ANCHORS, SENTENCE, ScoreScale
+from tract_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from tract_fast.data.feedback import Example
+
+# The prompt of the Feedback Collection and of its benchmarks, letter for letter (arXiv 2310.08491).
+TEMPLATE = """###Task Description:
+An instruction (might include an Input inside it), a response to evaluate, a reference answer that gets a score of 5, \
+and a score rubric representing a evaluation criteria are given.
+1. Write a detailed feedback that assess the quality of the response strictly based on the given score rubric, not \
+evaluating in general.
+2. After writing a feedback, write a score that is an integer between 1 and 5. You should refer to the score rubric.
+3. The output format should look as follows: "Feedback: (write a feedback for criteria) [RESULT] (an integer number \
+between 1 and 5)"
+4. Please do not generate any other opening, closing, and explanations.
+
+###The instruction to evaluate:
+{orig_instruction}
+
+###Response to evaluate:
+{orig_response}
+
+###Reference Answer (Score 5):
+{orig_reference_answer}
+
+###Score Rubrics:
+[{orig_criteria}]
+Score 1: {orig_score1_description}
+Score 2: {orig_score2_description}
+Score 3: {orig_score3_description}
+Score 4: {orig_score4_description}
+Score 5: {orig_score5_description}
+
+###Feedback: """
+
+PARTS = (
+    "orig_instruction",
+    "orig_response",
+    "orig_reference_answer",
+    "orig_criteria",
+    *(f"orig_score{n}_description" for n in range(1, 6)),
+)
+
+# What this module decides itself when it calls the chat template.
+RESERVED = (
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "return_dict",
+)
+
+CHUNK = 1000  # examples tokenized at a time: lists of Python ints take ten times the memory of what is kept
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """One sequence: ``ids`` (L,) int32 is prompt and target; ``ids[-2]`` is the score token, ``ids[-1]`` EOS.
+
+    The target starts at ``prompt_len``. ``label_index`` is the label in the text, ``score`` the number that the squared
+    error is taken to.
+    """
+
+    ids: np.ndarray | tuple[int, ...]
+    prompt_len: int
+    label_index: int
+    score: float
+    weight: float
+    id: str
+    question: str
+
+
+def fill_template(parts: Mapping[str, str]) -> str:
+    """The Feedback Collection prompt of ``parts`` (the names in PARTS)."""
+    return TEMPLATE.format_map(parts)
+
+
+def render_prompt(tokenizer: Any, prompt: str, chat_template_kwargs: Mapping[str, Any]) -> str:
+    """The prompt as one user turn of the tokenizer's chat template, up to where the reply starts.
+
+    Raises UserError when there is no chat template or it fails.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "model.path: the tokenizer has no chat template, so there is no telling how it expects a prompt; take an "
+            "instruct model, or put a chat_template.jinja beside its files"
+        )
+    for name in RESERVED:
+        if name in chat_template_kwargs:
+            raise UserError(f"data.chat_template_kwargs: {name} is decided by tract_fast; remove it")
+    turns = [{"role": "user", "content": prompt}]
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **dict(chat_template_kwargs)
+        )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the chat template failed with data.chat_template_kwargs = {dict(chat_template_kwargs)}: {error}"
+        ) from error
+
+
+def encode(tokenizer: Any, scale: ScoreScale, example: Example, chat_template_kwargs: Mapping[str, Any]) -> Encoded:
+    """Token ids of one example. Raises UserError when its rationale holds the EOS token, or on a failing template."""
+    return _encode_chunk(tokenizer, scale, [example], chat_template_kwargs)[0]
+
+
+def encode_all(
+    tokenizer: Any,
+    scale: ScoreScale,
+    examples: Sequence[Example],
+    *,
+    chat_template_kwargs: Mapping[str, Any],
+    max_len: int,
+    max_dropped: float,
+    rationale: str,
+) -> tuple[list[Encoded], list[tuple[str, int]]]:
+    """Encode ``examples`` in order; those of more than ``max_len`` tokens are left out and returned as (id, length).
+
+    Nothing is ever cut: the score is at the end. ``rationale`` "drop" leaves the rationales out. Raises UserError when
+    more than the share ``max_dropped`` is too long, and as ``encode`` does.
+    """
+    kept: list[Encoded] = []
+    dropped: list[tuple[str, int]] = []
+    for start in range(0, len(examples), CHUNK):
+        chunk = examples[start : start + CHUNK]
+        for encoded in _encode_chunk(tokenizer, scale, chunk, chat_template_kwargs, rationale == "drop"):
+            if len(encoded.ids) > max_len:
+                dropped.append((encoded.id, len(encoded.ids)))
+            else:
+                kept.append(encoded)
+    if len(dropped) > max_dropped * len(examples):
+        raise UserError(
+            f"data.max_len = {max_len}: {len(dropped)} of {len(examples)} examples are longer (the longest has "
+            f"{max(length for _, length in dropped)} tokens), and data.max_dropped = {max_dropped} allows a share of "
+            f"{max_dropped:.1%}; raise data.max_len, or data.max_dropped to train without them"
+        )
+    return kept, dropped
+
+
+def _encode_chunk(
+    tokenizer: Any,
+    scale: ScoreScale,
+    examples: Sequence[Example],
+    chat_template_kwargs: Mapping[str, Any],
+    drop_rationales: bool = False,
+) -> list[Encoded]:
+    prompts = list(dict.fromkeys(e.prompt for e in examples))  # a prompt often has several judgements
+    rendered = [render_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
+    prompt_ids = dict(zip(prompts, _tokenize(tokenizer, rendered), strict=True))
+    rationales = _tokenize(tokenizer, ["" if drop_rationales else e.rationale for e in examples])
+    encoded = []
+    for e, rationale_ids in zip(examples, rationales, strict=True):
+        if scale.eos_id in rationale_ids:
+            raise UserError(f"{e.id}: the rationale holds {tokenizer.eos_token!r}, which would end it there; remove it")
+        label_index = scale.nearest(e.score)
+        target = [*rationale_ids, *scale.prefix_ids, scale.token_ids[label_index], scale.eos_id]
+        encoded.append(
+            Encoded(
+                ids=np.array([*prompt_ids[e.prompt], *target], dtype=np.int32),
+                prompt_len=len(prompt_ids[e.prompt]),
+                label_index=label_index,
+                score=e.score,
+                weight=e.weight,
+                id=e.id,
+                question=e.question,
+            )
+        )
+    return encoded
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def check_tokenizer(tokenizer: Any, scale: ScoreScale, chat_template_kwargs: Mapping[str, Any]) -> None:
+    """Start-up checks on one prompt. Raises UserError when
+
+    - the chat template leaves the prompt out;
+    - the BOS that the template writes is doubled, is not one token, or is joined by one from encoding;
+    - the EOS of the scale is not the tokenizer's;
+    - prompt and reply, tokenized apart as generation has them, differ from the text tokenized whole.
+    """
+    prompt = "Is 7 a prime number?"
+    rendered = render_prompt(tokenizer, prompt, chat_template_kwargs)
+    if prompt not in rendered:
+        raise UserError(f"the chat template leaves the prompt out: it makes {rendered[:80]!r} of {prompt!r}")
+    (ids,) = _tokenize(tokenizer, [rendered])
+    bos = tokenizer.bos_token
+    if bos and rendered.startswith(bos):
+        if ids[0] != tokenizer.bos_token_id:
+            raise UserError(f"the tokenizer does not read the BOS {bos!r} of its chat template as one token")
+        if ids[1] == tokenizer.bos_token_id:
+            raise UserError(f"the rendered prompt starts with the BOS {bos!r} twice: take one out of the chat template")
+    if bos and ids.count(tokenizer.bos_token_id) != rendered.count(bos):
+        raise UserError(f"the tokenizer adds a BOS {bos!r} of its own to a text, even with add_special_tokens=False")
+    if scale.eos_id != tokenizer.eos_token_id:
+        raise UserError(
+            f"the score scale ends in token {scale.eos_id}, the tokenizer's EOS is {tokenizer.eos_token_id}"
+        )
+    for reply in (ANCHORS[0], SENTENCE + scale.labels[0]):
+        (reply_ids,) = _tokenize(tokenizer, [reply])
+        # SentencePiece tokenizers put a space before a text of its own, so a reply starts with one.
+        if ids + reply_ids not in _tokenize(tokenizer, [rendered + reply, f"{rendered} {reply}"]):
+            raise UserError(
+                f"the tokenizer joins the end of the chat template ({rendered[-12:]!r}) to the reply's first word: "
+                "take the white space at the end of its generation prompt out"
+            )
+
+
+def show(tokenizer: Any, scale: ScoreScale, encoded: Encoded) -> Text:
+    """One example token by token: prompt dim, trained tokens green, every other one underlined, the score reversed."""
+    ids = [int(i) for i in encoded.ids]
+    text = Text(overflow="fold")
+    shown = tokenizer.decode(ids[: encoded.prompt_len], clean_up_tokenization_spaces=False)
+    text.append(shown, style="dim")
+    for position in range(encoded.prompt_len, len(ids)):
+        so_far = tokenizer.decode(ids[: position + 1], clean_up_tokenization_spaces=False)
+        if so_far.endswith("\N{REPLACEMENT CHARACTER}") and position < len(ids) - 2:
+            continue  # a part of a character: shown with the token that completes it
+        style = "green underline" if (position - encoded.prompt_len) % 2 else "green"
+        text.append(so_far[len(shown) :], style="bold reverse green" if position == len(ids) - 2 else style)
+        shown = so_far
+    rivals = [label for k, label in enumerate(scale.labels) if k != encoded.label_index]
+    text.append(f"\n{encoded.id}: score {encoded.score:g}, ", style="bold")
+    text.append(f"label {scale.labels[encoded.label_index]} instead of {', '.join(rivals)}; ", style="bold")
+    text.append(f"{encoded.prompt_len} prompt tokens and {len(ids) - encoded.prompt_len} trained on\n", style="bold")
+    return text

@@ -1,0 +1,136 @@
+"""What a run would do, before it does it: the resolved recipe, the step plan, memory, and one example token by token.
+
+The memory estimate counts what is known (weights, gradients, AdamW state, the loss's logits) and approximates what the
+blocks keep for backward by the tensors a Llama-like block saves; ``docs/results.md`` holds it against measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from tract_fast import optim, recipe as recipes, train
+from tract_fast.data import batch as batches, prompt
+from tract_fast.data.prompt import Encoded
+from tract_fast.model import DTYPES, add_lora
+from tract_fast.prepare import Prepared
+from tract_fast.recipe import Recipe
+
+PLANNED_STEPS = 200  # at most this many steps are packed for the plan's averages
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The run in numbers; tokens and rows are of the largest micro-batch among the steps that were planned."""
+
+    steps: int
+    epochs: float
+    micro_batches: float  # per step, on average
+    tokens_per_step: float
+    max_tokens: int
+    max_rows: int
+    planned: int
+
+
+def plan(recipe: Recipe, examples: list[Encoded], world: int = 1) -> StepPlan:
+    """Pack the first steps as training would."""
+    settings = recipe.train
+    steps = train.total_steps(recipe, len(examples))
+    micro, tokens, rows, counts = [], [], [], []
+    for step in range(min(steps, PLANNED_STEPS)):
+        chosen = batches.step_indices(
+            len(examples), batch=settings.batch, seed=settings.seed, step=step, shuffle=settings.shuffle
+        )
+        members = [examples[i] for i in chosen]
+        packed = batches.pack([len(e.ids) for e in members], max_tokens=settings.max_tokens, world=world)
+        groups = [[members[i] for i in group] for rank in packed for group in rank if group]
+        micro.append(len(groups))
+        tokens += [sum(len(e.ids) for e in g) for g in groups]
+        rows += [sum(len(e.ids) - e.prompt_len for e in g) for g in groups]
+        counts.append(sum(len(e.ids) for e in members))
+    return StepPlan(
+        steps=steps,
+        epochs=steps / batches.steps_per_epoch(len(examples), settings.batch),
+        micro_batches=sum(micro) / len(micro),
+        tokens_per_step=sum(counts) / len(counts),
+        max_tokens=max(tokens),
+        max_rows=max(rows),
+        planned=len(micro),
+    )
+
+
+def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
+    """Bytes by purpose on one rank of one, for the largest micro-batch."""
+    lm = _meta_model(recipe, config)
+    text = config.get_text_config()
+    width = DTYPES[recipe.model.dtype].itemsize
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
+    blocks, hidden = text.num_hidden_layers, text.hidden_size
+    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
+    heads = text.num_attention_heads + 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    # saved per token by one block: the residual stream and its norms (float32 inside), q, k, v, their rotated copies,
+    # the attention output, and gate, up, activation and product of the MLP
+    in_block = hidden * (2 * 4 + 6 * width) + 2 * heads * head_dim * width + 4 * inner * width
+    between_blocks = hidden * width
+    every = recipe.train.activation_checkpointing
+    if every in ("none", "selective"):
+        per_token = blocks * in_block * (0.6 if every == "selective" else 1.0)
+    else:
+        kept = 1.0 if every == "full" else 1.0 / int(every)
+        per_token = blocks * (kept * between_blocks + (1 - kept) * in_block) + in_block
+    vocabulary = lm.get_output_embeddings().out_features
+    masters = 4 * trained
+    return {
+        "frozen weights": frozen * width,
+        "trained weights (float32)": masters,
+        "trained weights gathered in the compute dtype": 0 if width == 4 else trained * width,
+        "gradients (float32)": masters,
+        "AdamW state (float32)": 2 * masters,
+        f"activations of {step.max_tokens} tokens": int(per_token * step.max_tokens),
+        f"logits of {step.max_rows} rows (reference loss, float32, forward and backward)": 4
+        * 4
+        * step.max_rows
+        * vocabulary,
+    }
+
+
+def _meta_model(recipe: Recipe, config) -> nn.Module:
+    """The model without storage, frozen as it will be."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+        if recipe.lora.rank:
+            add_lora(lm, recipe.lora, DTYPES[recipe.model.dtype], recipe.train.seed)
+    return lm
+
+
+def show(recipe: Recipe, data: Prepared) -> None:
+    """Print all of it; nothing is trained or written."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.rule("recipe")
+    console.print(recipes.dump(recipe), markup=False)
+    step = plan(recipe, data.train)
+    console.rule("plan")
+    rates = [optim.learning_rate(s, step.steps, recipe.train) for s in range(step.steps)]
+    console.print(
+        f"{step.steps} steps = {step.epochs:.2f} epochs of {len(data.train)} examples; {recipe.train.batch} sequences, "
+        f"{step.tokens_per_step:.0f} tokens and {step.micro_batches:.1f} micro-batches a step "
+        f"(first {step.planned} steps packed)\n"
+        f"lr {rates[0]:.2e} at first, {max(rates):.2e} at most, {rates[-1]:.2e} at last; "
+        f"{len(data.held_out)} held-out examples; {len(data.left_out)} records left out"
+    )
+    console.rule("memory (estimate, one rank)")
+    table = Table("what", "MiB", box=None)
+    parts = memory(recipe, data.config, step)
+    for name, size in {**parts, "in all": sum(parts.values())}.items():
+        table.add_row(name, f"{size / 2**20:,.0f}")
+    console.print(table)
+    console.rule(f"one example: {data.train[0].id}")
+    console.print(prompt.show(data.tokenizer, data.scale, data.train[0]))

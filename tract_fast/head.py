@@ -1,0 +1,64 @@
+"""The language-model head that returns losses instead of logits.
+
+The module owns the call. FSDP2's hooks gather its weight before ``forward`` and reduce its gradient after ``backward``
+in every wrapping; a weight read from outside gives the right loss and a wrong gradient when the head is sharded on its
+own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tract_fast.data.batch import Batch
+from tract_fast.data.scores import ScoreScale
+from tract_fast.loss import TractLoss, linear_tract_loss
+
+
+class TractHead(nn.Linear):
+    """``nn.Linear`` of D to V whose forward takes hidden states and a batch's targets and returns the losses.
+
+    ``linear`` is the model's own head: its parameters are taken over (a tied weight stays tied). ``softcap`` and
+    ``logit_scale`` are what the architecture applies to its logits.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        scale: ScoreScale,
+        *,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        normalize: str = "scores",
+        gradient: str = "exact",
+        implementation: str = "auto",
+    ):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        device = linear.weight.device
+        self.register_buffer("score_token_ids", torch.tensor(scale.token_ids, device=device), persistent=False)
+        values = torch.tensor(scale.values, dtype=torch.float32, device=device)
+        self.register_buffer("score_values", values, persistent=False)
+        self.options = {
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "normalize": normalize,
+            "gradient": gradient,
+            "implementation": implementation,
+        }
+
+    def forward(self, hidden: Tensor, batch: Batch) -> TractLoss:
+        """``hidden`` (T, D): all tokens of the micro-batch. Only the batch's rows reach the GEMM."""
+        return linear_tract_loss(
+            hidden.index_select(0, batch.rows),
+            self.weight,
+            batch.labels,
+            batch.score_rows,
+            batch.score_targets,
+            self.score_token_ids,
+            self.score_values,
+            bias=self.bias,
+            row_weights=batch.row_weights,
+            score_weights=batch.score_weights,
+            **self.options,
+        )

@@ -1,0 +1,117 @@
+"""What a run tells: a live display or plain lines, ``metrics.jsonl`` always, trackers where asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from tract_fast import perf
+from tract_fast.checkpoint import replace_file
+from tract_fast.errors import UserError
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again. A torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    replace_file(path, "".join(kept))
+
+
+def tracker_writers(names: tuple[str, ...], run_dir: Path, recipe: dict) -> list:
+    """One function (step, {name: value}) -> None per tracker. Raises UserError where one is not installed."""
+    return [_open_tracker(name, run_dir, recipe) for name in names]
+
+
+def _open_tracker(name: str, run_dir: Path, recipe: dict):
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+            def write(step: int, values: dict[str, float]) -> None:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()
+
+            return write
+        import importlib
+
+        tracker = importlib.import_module(name)  # wandb, and trackio, which has its calls
+    except ImportError as error:
+        raise UserError(f"train.trackers names {name}, which is not installed: pip install 'tract-fast[track]'") from error
+    tracker.init(project="tract-fast", name=run_dir.name, config=recipe)
+    return lambda step, values: tracker.log(values, step=step)
+
+
+class RunLog:
+    """The one place a run writes to. Only the main rank makes one that is ``loud``; the others write nothing."""
+
+    def __init__(self, run_dir: Path, *, total: int, done: int, device: torch.device, writers: list, loud: bool):
+        self.console = Console(quiet=not loud, highlight=False, soft_wrap=True)
+        self.total, self.device, self.writers = total, device, writers
+        self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the time left
+        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if loud else None
+        self.bar = None
+        if loud and self.console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
+            self.bar = Progress(*columns, console=self.console, transient=True)
+            self.task = self.bar.add_task("training", total=total, completed=done, now="")
+            self.bar.start()
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.file:
+            self.file.close()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step: the keys of DESIGN section 5, ``metrics.jsonl``."""
+        self._write(record, {f"train/{k}": v for k, v in record.items() if k != "step"})
+        self.recent.append(record["seconds"])
+        left = perf.duration(sum(self.recent) / len(self.recent) * (self.total - record["step"]))
+        now = (
+            f"loss {record['loss']:.4f}  ce {record['ce']:.4f}  mse {record['mse']:.3f}  mass {record['score_mass']:.3f}  "
+            f"mae {record['score_mae']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
+            f"{record['tokens'] / record['seconds']:.0f} tok/s  {perf.peak_memory(self.device) / 2**30:.1f} GiB  left {left}"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=record["step"], now=now)
+        else:
+            self.say(f"step {record['step']}/{self.total}  {now}")
+
+    def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
+        """Held-out metrics after ``step`` steps."""
+        self._write({"step": step, "eval": metrics}, {f"eval/{k}": v for k, v in metrics.items()})
+        shown = "  ".join(f"{k} {'undefined' if v is None else f'{v:.4g}'}" for k, v in metrics.items())
+        self.say(f"held out after step {step}: {shown}")
+
+    def _write(self, record: dict[str, Any], flat: dict[str, Any]) -> None:
+        if not self.file:
+            return
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
+        self.file.flush()
+        finite = {k: v for k, v in flat.items() if v is not None and math.isfinite(v)}
+        for write in self.writers:
+            write(record["step"], finite)

@@ -1,0 +1,223 @@
+"""The TRACT loss as one operator: cross-entropy on the rows, and a squared error of the expected score on some of them.
+
+This module holds the call: checks, dispatch, result. ``reference.py`` holds the definition.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from tract_fast.loss.reference import IGNORE_INDEX, TractLoss, reference_loss
+
+__all__ = ["TractLoss", "linear_tract_loss"]
+
+HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def linear_tract_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    score_rows: Tensor,
+    score_targets: Tensor,
+    score_token_ids: Tensor,
+    score_values: Tensor,
+    *,
+    bias: Tensor | None = None,
+    row_weights: Tensor | None = None,
+    score_weights: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    normalize: str = "scores",
+    gradient: str = "exact",
+    eps: float | None = None,
+    implementation: str = "auto",
+    memory_budget: int | None = None,
+    seed: int | None = None,
+    check: bool = False,
+) -> TractLoss:
+    """Regression-aware fine-tuning loss of a language-model head (CoT-RAFT, arXiv 2503.04381), from hidden states.
+
+    With ``z_i = softcap(logit_scale * (hidden_i @ weight.T + bias))``::
+
+        nll_i   = lse(z_i) - z_i[label_i]
+        q_b     = softmax of z[score_row_b] over the score tokens, or over the vocabulary, at the score tokens
+        y_hat_b = sum_k q_bk * score_values_k
+        loss    = sum_i row_weights_i * nll_i + sum_b score_weights_b * (y_hat_b - score_targets_b)^2
+
+    The weights carry every normaliser (token or sequence mean, accumulation, world size, lambda); divided by global
+    counts, the losses of micro-batches add up to that of one big batch. N, B and the number of labels may be 0: what
+    is empty adds 0, and a loss of nothing stays connected to the graph, with gradients of zero.
+
+    Args:
+        hidden: (N, D) float32, bfloat16, float16 or float64; only the rows that are trained on.
+        weight: (V, D), dtype of ``hidden``. Its gradient is not computed when it does not require one. Inside an
+            autocast region weight, bias and hidden may each be float32 or the autocast dtype.
+        labels: (N,) int64; -100 where a row carries no cross-entropy.
+        score_rows: (B,) int64; which of the N rows predicts each sequence's score. A row may be named twice.
+        score_targets: (B,) float32; any finite number.
+        score_token_ids: (K,) int64, distinct, K >= 1.
+        score_values: (K,) float32; the number that each score token stands for.
+        bias: (V,), dtype of ``weight``.
+        row_weights: (N,) float32 of any sign; None is the mean over labels that are not -100.
+        score_weights: (B,) float32 of any sign; None is the mean over sequences (lambda = 1).
+        softcap: z becomes ``softcap * tanh(z / softcap)``; None is no cap.
+        logit_scale: factor of the logits, before the cap.
+        normalize: "scores" (softmax over the score tokens) or "vocab" (over the vocabulary).
+        gradient: "exact".
+        eps, memory_budget, seed: None; nothing uses them with the implementations there are.
+        implementation: "reference", or "auto", which takes it.
+        check: check the values of CUDA tensors too, which waits for the device; those of CPU tensors always are.
+
+    Targets, values and weights may also be float64 when ``hidden`` is.
+
+    Returns:
+        TractLoss. Gradients flow from ``loss`` into hidden, weight and bias.
+
+    Raises:
+        ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
+    """
+    check_options(softcap, logit_scale)
+    check_choices(normalize, gradient, implementation, {"eps": eps, "memory_budget": memory_budget, "seed": seed})
+    check_head(hidden, weight, bias)
+    targets = {
+        "labels": labels,
+        "score_rows": score_rows,
+        "score_targets": score_targets,
+        "score_token_ids": score_token_ids,
+        "score_values": score_values,
+        "row_weights": row_weights,
+        "score_weights": score_weights,
+    }
+    check_targets(hidden, targets)
+    if check or hidden.device.type == "cpu":
+        check_values(len(hidden), len(weight), targets)
+    return reference_loss(
+        hidden, weight, bias=bias, softcap=softcap, logit_scale=logit_scale, normalize=normalize, **targets
+    )
+
+
+def check_options(softcap: float | None, logit_scale: float) -> None:
+    """Raise ValueError for a soft-cap or a logit scale that no logits can have."""
+    if softcap is not None and not (is_finite_number(softcap) and softcap > 0):
+        raise ValueError(f"softcap = {softcap!r}: must be a finite number > 0, or None for no cap")
+    if not is_finite_number(logit_scale):
+        raise ValueError(f"logit_scale = {logit_scale!r}: must be a finite number")
+
+
+def check_choices(normalize: str, gradient: str, implementation: str, unused: dict[str, object]) -> None:
+    """Raise ValueError for a choice that there is not, or a setting in ``unused`` that is not None."""
+    choices = {
+        "normalize": (normalize, ("scores", "vocab")),
+        "gradient": (gradient, ("exact",)),
+        "implementation": (implementation, ("auto", "reference")),
+    }
+    for name, (value, possible) in choices.items():
+        if value not in possible:
+            raise ValueError(f"{name} = {value!r}: must be {' or '.join(map(repr, possible))}")
+    for name, value in unused.items():
+        if value is not None:
+            raise ValueError(f"{name} = {value!r}: must be None, since no implementation uses it")
+
+
+def is_finite_number(value: object) -> bool:
+    # a tensor is refused: reading one that lies on a GPU would wait for the device
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError where hidden, weight and bias do not fit together."""
+    check_tensor("hidden", hidden, {"N": None, "D": None}, HIDDEN_DTYPES)
+    device, dtypes = hidden.device, (hidden.dtype,)
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        # autocast casts activations and leaves parameters alone, so the two meet here in different dtypes
+        mixed = (torch.float32, torch.get_autocast_dtype(device.type))
+        dtypes = mixed if hidden.dtype in mixed else dtypes
+    check_tensor("weight", weight, {"V": None, "D": hidden.shape[1]}, dtypes, device)
+    if len(weight) == 0:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: must be (V, D) with V >= 1")
+    if bias is not None:
+        check_tensor("bias", bias, {"V": len(weight)}, dtypes, device)
+
+
+def check_targets(hidden: Tensor, targets: dict[str, Tensor | None]) -> None:
+    """Raise ValueError where a target tensor has a wrong shape, dtype or device, or asks for a gradient."""
+    integer, device = (torch.int64,), hidden.device
+    real = (torch.float32, torch.float64) if hidden.dtype == torch.float64 else (torch.float32,)
+    check_tensor("score_rows", targets["score_rows"], {"B": None}, integer, device)
+    check_tensor("score_token_ids", targets["score_token_ids"], {"K": None}, integer, device)
+    rows, scores, tokens = {"N": len(hidden)}, {"B": len(targets["score_rows"])}, {"K": len(targets["score_token_ids"])}
+    expected = {
+        "labels": (rows, integer),
+        "score_targets": (scores, real),
+        "score_values": (tokens, real),
+        "row_weights": (rows, real),
+        "score_weights": (scores, real),
+    }
+    for name, (sizes, dtypes) in expected.items():
+        tensor = targets[name]
+        if tensor is None and name in ("row_weights", "score_weights"):
+            continue
+        check_tensor(name, tensor, sizes, dtypes, device)
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, which it would not get: must be detached")
+    if tokens["K"] == 0:
+        raise ValueError("score_token_ids has shape (0,): must be (K,) with K >= 1")
+    if scores["B"] > 0 and rows["N"] == 0:
+        raise ValueError(f"score_rows has shape ({scores['B']},): must be (0,), since hidden has no rows")
+
+
+def check_tensor(
+    name: str,
+    tensor: Tensor,
+    sizes: dict[str, int | None],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None = None,
+) -> None:
+    """Raise ValueError unless ``tensor`` has these sizes (None: any), one of the dtypes, and the device, if given."""
+    letters = f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is of type {type(tensor).__name__}: must be a tensor {letters}")
+    known = {letter: n for letter, n in sizes.items() if n is not None}
+    if tensor.ndim != len(sizes) or any(tensor.shape[list(sizes).index(letter)] != n for letter, n in known.items()):
+        suffix = "".join(f" with {letter} = {n}" for letter, n in known.items())
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: must be {letters}{suffix}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {short(tensor.dtype)}: must be {' or '.join(map(short, dtypes))}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}: must be on {device}, where hidden is")
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_values(n_rows: int, n_vocab: int, targets: dict[str, Tensor | None]) -> None:
+    """Raise ValueError for an index out of range, a score token named twice or a number that is not finite.
+
+    Waits for the device.
+    """
+    labels, ids = targets["labels"], targets["score_token_ids"]
+    bad_label = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= n_vocab)
+    refuse("labels", labels, bad_label, f"{IGNORE_INDEX} (no cross-entropy) or 0 to V - 1 = {n_vocab - 1}")
+    rows = targets["score_rows"]
+    refuse("score_rows", rows, (rows < 0) | (rows >= n_rows), f"0 to N - 1 = {n_rows - 1}")
+    refuse("score_token_ids", ids, (ids < 0) | (ids >= n_vocab), f"0 to V - 1 = {n_vocab - 1}")
+    sorted_ids, order = ids.sort(stable=True)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[order[1:]] = sorted_ids[1:] == sorted_ids[:-1]
+    refuse("score_token_ids", ids, repeated, "distinct from the other score tokens")
+    for name in ("score_targets", "score_values", "row_weights", "score_weights"):
+        if targets[name] is not None:
+            refuse(name, targets[name], ~targets[name].isfinite(), "finite")
+
+
+def refuse(name: str, tensor: Tensor, bad: Tensor, must: str) -> None:
+    """Raise ValueError for the first element of the 1-D ``tensor`` that is ``bad``."""
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"{name}[{i}] = {tensor[i].item()}: must be {must}")

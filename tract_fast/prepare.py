@@ -1,0 +1,130 @@
+"""From a recipe to what a run needs before any weight is loaded: tokenizer, score scale, encoded examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tract_fast.data import feedback, prompt
+from tract_fast.data.prompt import Encoded
+from tract_fast.data.scores import ScoreScale, find_scale
+from tract_fast.errors import UserError
+from tract_fast.model import load_config, load_tokenizer
+from tract_fast.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """``train`` and ``held_out`` are encoded examples; ``left_out`` names every record that is not among them and why."""
+
+    tokenizer: Any
+    config: Any
+    scale: ScoreScale
+    train: list[Encoded]
+    held_out: list[Encoded]
+    left_out: list[dict[str, str]] = field(default_factory=list)
+
+    def fingerprint(self) -> str:
+        """A hash of the training examples in order, to tell whether a resumed run sees the same data."""
+        digest = hashlib.sha256()
+        for e in self.train:
+            digest.update(json.dumps([e.id, [int(t) for t in e.ids], e.score, e.weight]).encode())
+        return digest.hexdigest()[:16]
+
+    def write_left_out(self, path: Path) -> None:
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.left_out), encoding="utf-8")
+
+
+def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
+    """Read, split and encode the data; ``say`` receives one line per fact worth knowing. Raises UserError."""
+    tokenizer = load_tokenizer(recipe.model)
+    config = load_config(recipe.model)
+    scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)
+    prompt.check_tokenizer(tokenizer, scale, recipe.data.chat_template_kwargs)
+    say(f"score: tokens {_tokens(tokenizer, scale.token_ids)} after {tokenizer.decode(list(scale.prefix_ids))!r}")
+    left_out: list[dict[str, str]] = []
+    train, held_out = _read(recipe, say, left_out)
+    options = {
+        "chat_template_kwargs": recipe.data.chat_template_kwargs,
+        "max_len": recipe.data.max_len,
+        "max_dropped": recipe.data.max_dropped,
+        "rationale": recipe.data.rationale,
+    }
+    encoded = []
+    for what, examples in (("train", train), ("held out", held_out)):
+        kept, dropped = prompt.encode_all(tokenizer, scale, examples, **options) if examples else ([], [])
+        left_out += [{"where": name, "why": f"{length} tokens > {recipe.data.max_len}"} for name, length in dropped]
+        if dropped:
+            say(f"data: {len(dropped)} of {len(examples)} {what} examples are longer than {recipe.data.max_len} tokens")
+        encoded.append(kept)
+    if not encoded[0]:
+        raise UserError(f"data.train = {recipe.data.train}: no example is left to train on")
+    _check_lengths(recipe, config, encoded[0] + encoded[1])
+    say(f"data: {len(encoded[0])} train and {len(encoded[1])} held-out examples, {_length_summary(encoded[0])}")
+    return Prepared(
+        tokenizer=tokenizer,
+        config=config,
+        scale=scale,
+        train=encoded[0],
+        held_out=encoded[1],
+        left_out=left_out,
+    )
+
+
+def _read(recipe: Recipe, say, left_out: list) -> tuple[list, list]:
+    """Training and held-out examples: from two files, or from one split by question."""
+    data = recipe.data
+    options = {
+        "labels": recipe.score.labels,
+        "values": recipe.score.values,
+        "rationale": data.rationale,
+        "on_error": data.on_error,
+    }
+
+    def read(source: str) -> list:
+        loaded = feedback.read_examples(source, **options)
+        left_out.extend({"where": s.where, "why": s.why} for s in loaded.skipped)
+        if loaded.skipped:
+            first = loaded.skipped[0]
+            say(f"data: {len(loaded.skipped)} broken records of {source} skipped, the first at {first.where}: {first.why}")
+        for note in loaded.notes:
+            say(f"data: {note}")
+        return loaded.examples
+
+    train, held_out = read(data.train), []
+    if data.eval is not None:
+        held_out = read(data.eval)
+    elif data.holdout:
+        train, held_out = feedback.split_by_question(train, data.holdout, recipe.train.seed)
+    if data.limit is not None:
+        train = train[: data.limit]
+    shared = feedback.question_overlap(train, held_out)
+    if shared:
+        say(f"warning: {shared} questions are in both data.train and data.eval: the held-out numbers will flatter")
+    return train, held_out
+
+
+def _check_lengths(recipe: Recipe, config, examples: list[Encoded]) -> None:
+    longest = max(len(e.ids) for e in examples)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context and longest > context:
+        raise UserError(f"the longest example has {longest} tokens, the model's context is {context}: lower data.max_len")
+    if longest > recipe.train.max_tokens:
+        raise UserError(
+            f"train.max_tokens = {recipe.train.max_tokens} is less than the longest example ({longest} tokens): "
+            f"raise train.max_tokens to {longest} or lower data.max_len"
+        )
+
+
+def _tokens(tokenizer, ids) -> str:
+    return " ".join(repr(tokenizer.decode([i])) for i in ids)
+
+
+def _length_summary(examples: list[Encoded]) -> str:
+    lengths = sorted(len(e.ids) for e in examples)
+    target = sum(len(e.ids) - e.prompt_len for e in examples)
+    return f"{sum(lengths) / len(lengths):.0f} tokens on average (at most {lengths[-1]}), {target / sum(lengths):.0%} trained on"

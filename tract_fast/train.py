@@ -1,0 +1,280 @@
+"""The training loop: the same code for one rank and for many, on any device.
+
+Each optimizer step: plan (a pure function of the step) -> pack -> forward, backward per micro-batch with losses divided
+by the step's global counts -> one transfer of the step's sums to the host -> clip -> AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tract_fast import checkpoint, estimate, evaluate, log, model, optim, recipe as recipes, shard
+from tract_fast.checkpoint import Progress
+from tract_fast.data import batch as batches
+from tract_fast.data.prompt import Encoded
+from tract_fast.errors import RunStopped, UserError
+from tract_fast.loss import TractLoss
+from tract_fast.prepare import Prepared, prepare
+from tract_fast.recipe import Recipe
+from tract_fast.shard import Ranks
+
+FREE_ON_RESUME = ("train.max_steps", "train.epochs", "checkpoint.", "run.")  # settings a resumed run may change
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75: stopped from outside, saved, start again to go on
+
+
+@dataclass
+class Job:
+    """Everything one run's steps use."""
+
+    recipe: Recipe
+    ranks: Ranks
+    data: Prepared
+    model: model.TractModel
+    optimizer: torch.optim.Optimizer
+    total: int  # optimizer steps of the whole run
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.recipe.run.dir)
+
+
+def run(recipe: Recipe, dry_run: bool = False) -> int:
+    """Train by a recipe, or with ``dry_run`` show what would be done; returns the process's exit code.
+
+    Writes ``recipe.yaml``, ``metrics.jsonl``, ``left_out.jsonl`` and ``checkpoints/`` in ``run.dir``. A ``run.dir`` that
+    holds a checkpoint goes on from it. Raises UserError before any work where a setting cannot work, RunStopped where a
+    run cannot go on.
+    """
+    say = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
+    for warning in recipe.warnings():
+        say(f"warning: {warning}")
+    if dry_run:
+        estimate.show(recipe, prepare(recipe, say))
+        return 0
+    start = resume_point(recipe)
+    with shard.start_ranks() as ranks:
+        say(f"device: {ranks.device}, {ranks.world} rank{'s' if ranks.world > 1 else ''}, {torch.get_num_threads()} threads")
+        data = prepare(recipe, say)
+        job = assemble(recipe, ranks, data, say)
+        done = restore(job, start, say)
+        if ranks.is_main:
+            open_run_dir(job, done)
+        return loop(job, done)
+
+
+def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], None]) -> Job:
+    """Build and shard the model, make the optimizer, count the steps."""
+    dtype = model.DTYPES[recipe.model.dtype]
+    built = model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, say)
+    shard.shard(built, ranks.mesh, dtype)
+    trained = built.trainable()
+    count, whole = (sum(p.numel() for p in ps) for ps in (trained.values(), built.parameters()))
+    say(f"model: {whole / 1e6:.1f}M parameters, {count / 1e6:.2f}M trained; compute {recipe.model.dtype}, masters float32")
+    built.train()
+    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), recipe.train), total_steps(recipe, len(data.train)))
+
+
+def total_steps(recipe: Recipe, n: int) -> int:
+    """Optimizer steps of the run: ``train.max_steps`` if given (over as many epochs as it takes), else the epochs'."""
+    if recipe.train.max_steps is not None:
+        return recipe.train.max_steps
+    return recipe.train.epochs * batches.steps_per_epoch(n, recipe.train.batch)
+
+
+def resume_point(recipe: Recipe) -> Path | None:
+    """The checkpoint to go on from, or None. Raises UserError where it belongs to another recipe."""
+    run_dir = Path(recipe.run.dir)
+    found = checkpoint.latest(run_dir)
+    if found is None:
+        return None
+    if recipe.run.resume == "never":
+        raise UserError(f"run.resume = never, and run.dir = {run_dir} holds {found.name}: choose another run.dir")
+    before = recipes.flatten(recipes.as_dict(recipes.load(run_dir / "recipe.yaml", [])))
+    now = recipes.flatten(recipes.as_dict(recipe))
+    changed = [k for k in now if now[k] != before.get(k) and not k.startswith(FREE_ON_RESUME)]
+    if changed:
+        details = "; ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in changed)
+        raise UserError(f"run.dir = {run_dir} holds {found.name} of another recipe ({details}): choose another run.dir")
+    return found
+
+
+def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
+    """Load the checkpoint ``start`` if there is one; returns how many steps are done."""
+    if start is None:
+        return 0
+    progress = checkpoint.load(start, job.model, job.optimizer)
+    if progress.fingerprint != job.data.fingerprint():
+        raise UserError(f"data.train = {job.recipe.data.train} is not what {start} was trained on: choose another run.dir")
+    say(f"resume: going on after step {progress.step} from {start}")
+    return progress.step
+
+
+def open_run_dir(job: Job, done: int) -> None:
+    """Write the resolved recipe and what was left out; check that the disk can hold the checkpoints."""
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    checkpoint.replace_file(job.run_dir / "recipe.yaml", recipes.dump(job.recipe))
+    job.data.write_left_out(job.run_dir / "left_out.jsonl")
+    log.keep_until(job.run_dir / "metrics.jsonl", done if done else -1)
+    needed = 3 * sum(p.numel() * p.element_size() for p in job.model.trainable().values())
+    free = shutil.disk_usage(job.run_dir).free
+    if free < 2 * needed:
+        raise UserError(
+            f"run.dir = {job.run_dir} has {free / 2**20:.0f} MiB free and two checkpoints take {2 * needed / 2**20:.0f} MiB: "
+            "free some space or choose another run.dir"
+        )
+
+
+class StopSignal:
+    """Remembers the first SIGINT or SIGTERM so that the loop can save and leave; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> StopSignal:
+        self.before = {s: signal.signal(s, self._note) for s in EXIT_CODES}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+def loop(job: Job, done: int) -> int:
+    """Steps ``done`` to the end, with evaluations and checkpoints on the way; returns the exit code."""
+    recipe, ranks = job.recipe, job.ranks
+    writers = log.tracker_writers(recipe.train.trackers, job.run_dir, recipes.as_dict(recipe)) if ranks.is_main else []
+    with StopSignal() as stop, log.RunLog(
+        job.run_dir, total=job.total, done=done, device=ranks.device, writers=writers, loud=ranks.is_main
+    ) as out:
+        if done >= job.total:
+            out.say(f"nothing to do: all {job.total} steps are done; raise train.max_steps or train.epochs to go on")
+            return 0
+        if done == 0 and job.data.held_out:
+            out.evaluation(0, evaluate.teacher_forced(job.model, job.data.held_out, recipe, ranks))
+        for step in range(done, job.total):
+            record = train_step(job, step, stop)
+            stopping = record.pop("stop")
+            out.step(record)
+            last = step + 1 == job.total
+            due = recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0
+            if job.data.held_out and (due or last) and not stopping:
+                out.evaluation(step + 1, evaluate.teacher_forced(job.model, job.data.held_out, recipe, ranks))
+            if last or stopping or (step + 1) % recipe.checkpoint.every == 0:
+                save(job, step + 1, out)
+            if stopping and not last:
+                out.say(f"stopped after step {step + 1} of {job.total}; the same command goes on from here")
+                return stopping
+        out.say(f"done: {job.total} steps in {job.run_dir}; to use the judge: tract-fast export {job.run_dir}")
+    return 0
+
+
+def save(job: Job, step: int, out: log.RunLog) -> None:
+    """Write the checkpoint of ``step``; a disk that is full stops the run with what was saved before it whole."""
+    progress = Progress(step=step, fingerprint=job.data.fingerprint())
+    try:
+        path = checkpoint.save(job.run_dir, job.model, job.optimizer, progress, job.recipe.checkpoint.keep_last)
+    except OSError as error:
+        kept = checkpoint.latest(job.run_dir)
+        rest = f"{kept.name} is whole: free some space and give the same command" if kept else "nothing was saved before"
+        raise RunStopped(f"run.dir = {job.run_dir}: {error}; {rest}") from error
+    out.say(f"checkpoint: {path}")
+
+
+def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
+    """One optimizer step; returns its metrics. Raises RunStopped before the update where loss or gradient is not finite."""
+    started = time.perf_counter()
+    recipe, ranks = job.recipe, job.ranks
+    seed_step(recipe.train.seed, step, ranks.rank)
+    examples, micro_batches, norm = plan_step(job, step)
+    lr = optim.learning_rate(step, job.total, recipe.train)
+    for group in job.optimizer.param_groups:
+        group["lr"] = lr
+    sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+    for chosen in micro_batches:
+        batch = batches.collate([examples[i] for i in chosen], norm, score_ce=recipe.loss.score_ce).to(ranks.device)
+        out = job.model(batch)
+        out.loss.backward()
+        sums += tally(out, batch)
+    trained = list(job.model.trainable().values())
+    norm_of_gradient = shard.gradient_norm(trained)
+    sums[-1] = float(stop.received is not None)
+    shard.all_sum(sums)
+    # the step's only transfer to the host; everything before it is queued on the device without waiting
+    loss, nll, squared, absolute, mass, stopping, grad_norm = torch.cat([sums, norm_of_gradient.double()[None]]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise_not_finite(step, loss, grad_norm, examples)
+    if recipe.train.clip is not None:
+        shard.clip_gradients(trained, recipe.train.clip, norm_of_gradient)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    ce_tokens = sum(batches.ce_tokens(e, recipe.loss.score_ce) for e in examples)
+    return {
+        "step": step + 1,
+        "loss": loss,
+        "ce": nll / ce_tokens,
+        "mse": squared / len(examples),
+        "score_mass": mass / len(examples),
+        "score_mae": absolute / len(examples),
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "tokens": sum(len(e.ids) for e in examples),
+        "rows": sum(len(e.ids) - e.prompt_len for e in examples),
+        "seconds": time.perf_counter() - started,
+        "stop": EXIT_CODES[stop.received or signal.SIGTERM] if stopping else 0,  # any rank's signal stops all
+    }
+
+
+def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batches.Normalizer]:
+    """The step's examples (of all ranks), this rank's micro-batches as indices into them, and the global counts."""
+    train, loss = job.recipe.train, job.recipe.loss
+    chosen = batches.step_indices(
+        len(job.data.train), batch=train.batch, seed=train.seed, step=step, shuffle=train.shuffle
+    )
+    examples = [job.data.train[i] for i in chosen]
+    packed = batches.pack([len(e.ids) for e in examples], max_tokens=train.max_tokens, world=job.ranks.world)
+    norm = batches.normalizer(
+        examples,
+        ce_weight=loss.ce_weight,
+        regression_weight=loss.regression_weight,
+        score_ce=loss.score_ce,
+        ce_reduction=loss.ce_reduction,
+    )
+    return examples, packed[job.ranks.rank], norm
+
+
+def tally(out: TractLoss, batch: batches.Batch) -> Tensor:
+    """(6,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, and one free place."""
+    error = out.expected_score - batch.score_targets
+    parts = [out.loss.detach(), out.nll.sum(), error.square().sum(), error.abs().sum(), out.score_mass.sum()]
+    return torch.stack([p.double() for p in parts] + [torch.zeros((), dtype=torch.float64, device=error.device)])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout's random numbers are a function of (seed, step, rank): resuming needs no generator state."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def raise_not_finite(step: int, loss: float, grad_norm: float, examples: list[Encoded]) -> None:
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+    names = ", ".join(e.id for e in examples[:8]) + (" ..." if len(examples) > 8 else "")
+    raise RunStopped(
+        f"the {what} at step {step + 1}, before the update; its examples: {names}. Lower train.lr, set train.clip, or look "
+        "at those examples; the same command goes on from the last checkpoint"
+    )
