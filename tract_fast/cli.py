@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated
 
 import tyro
 
@@ -21,7 +21,7 @@ LATER = ("generate", "run", "evaluate", "score", "plan", "doctor")  # commands t
 
 def train(
     recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")],
-    settings: Annotated[dict, tyro.conf.arg(name="", constructor_factory=recipes.flags)],
+    settings: Annotated[object, tyro.conf.arg(name="", constructor_factory=recipes.flags)],
     dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
 ) -> int:
     """Train a judge by a recipe. The same command goes on with a run that was stopped.
@@ -33,7 +33,7 @@ def train(
         recipe: YAML file of settings; it needs at least model.path, data.train and run.dir.
         dry_run: Show the resolved recipe, the step plan, memory and one example token by token; train nothing.
     """
-    resolved = recipes.build(recipe, recipes.flatten(settings))
+    resolved = recipes.build(recipe, recipes.given(settings))
     from tract_fast.train import run
 
     return run(resolved, dry_run=dry_run)
@@ -99,17 +99,30 @@ def _dispatch(argv: list[str]) -> int:
     command = argv[0] if argv else "--help"
     if command == "--version":
         print(f"{PROG} {__version__}")
-        return 0
-    if command not in COMMANDS and not command.startswith("-"):
-        raise UserError(f"{command} is no command{_meant(command)}; commands: {', '.join(COMMANDS)}")
-    if command == "train":
-        recipes.check_flags(argv[1:], switches=("dry_run", "help"))
-    if command in COMMANDS:
+    elif command in ("--help", "-h"):
+        print(_overview())
+    elif command not in COMMANDS:
+        raise UserError(f"{command} is no command{_meant(command)}; {PROG} --help lists them")
+    else:
+        if command == "train":
+            recipes.check_flags(argv[1:], switches=("dry_run", "help"))
         return tyro.cli(COMMANDS[command], prog=f"{PROG} {command}", args=argv[1:], use_underscores=True)
-    # int and not Any (as in tyro.extras): for Any tyro imports typeguard, a third of the time that help takes
-    commands = tuple(Annotated[int, tyro.conf.subcommand(name, constructor=f)] for name, f in COMMANDS.items())
-    about = "Train LLM judges whose score is a number (TRACT, arXiv 2503.04381)."
-    return tyro.cli(Union[commands], prog=PROG, description=about, args=[command])
+    return 0
+
+
+def _overview() -> str:
+    commands = [f"  {name:8}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROG} [--help] [--version] COMMAND ...",
+            "",
+            "Train LLM judges whose score is a number (TRACT, arXiv 2503.04381).",
+            "",
+            *commands,
+            "",
+            f"{PROG} COMMAND --help describes a command; for train, all settings.",
+        ]
+    )
 
 
 def _meant(command: str) -> str:

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from tract_fast import settings
 from tract_fast.errors import UserError
@@ -283,16 +283,16 @@ def load(path: str | Path, argv: Sequence[str]) -> Recipe:
 
 def build(path: str | Path, overrides: Mapping[str, str]) -> Recipe:
     """The recipe in a YAML file, with settings by dotted name, written as YAML values, on top. Raises UserError."""
-    given = settings.read_file(Path(path), SECTIONS)
-    wrong = [f"{key}{given[key].where}: {settings.unknown(key, FIELDS)}" for key in given if key not in FIELDS]
+    found = settings.read_file(Path(path), SECTIONS)
+    wrong = [f"{key}{found[key].where}: {settings.unknown(key, FIELDS)}" for key in found if key not in FIELDS]
     if wrong:
         raise UserError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
-    given |= {key: settings.read_word(key, text) for key, text in overrides.items()}
+    found |= {key: settings.read_word(key, text) for key, text in overrides.items()}
     for key, f in FIELDS.items():
-        if key not in given and _default(f) is dataclasses.MISSING:
+        if key not in found and _default(f) is dataclasses.MISSING:
             raise UserError(f"{key} is not set: write it in {path} or give --{key} VALUE")
     try:
-        values = {key: settings.typed(key, given[key], FIELDS[key].type) for key in given}
+        values = {key: settings.typed(key, found[key], FIELDS[key].type) for key in found}
         return Recipe(
             **{
                 name: cls(**{f.name: values[f"{name}.{f.name}"] for f in fields(cls) if f"{name}.{f.name}" in values})
@@ -301,7 +301,7 @@ def build(path: str | Path, overrides: Mapping[str, str]) -> Recipe:
         )
     except UserError as error:  # each begins with the name of a setting
         key = str(error).split(" ", 1)[0]
-        raise UserError(f"{error}{given[key].where if key in given else ''}") from None
+        raise UserError(f"{error}{found[key].where if key in found else ''}") from None
 
 
 def parse(argv: Sequence[str]) -> dict[str, str]:
@@ -309,8 +309,7 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
     import tyro
 
     check_flags(argv)
-    found = tyro.cli(flags(), args=argv, prog="tract-fast train", use_underscores=True, add_help=False)
-    return flatten(found)
+    return given(tyro.cli(flags(), args=argv, prog="tract-fast train", use_underscores=True, add_help=False))
 
 
 def check_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> None:
@@ -326,15 +325,18 @@ def check_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> None:
             raise UserError(f"--{key} needs a value: --{key} {settings.metavar(FIELDS.get(key, FIELDS['run.nproc']).type)}")
 
 
-def flags() -> Any:
-    """The settings as a type for tyro: sections of optional texts, with each field's help."""
+def flags() -> type:
+    """A dataclass for tyro that has the recipe's sections and fields, each a text or None, with its help."""
     from operator import itemgetter
-    from typing import Annotated, TypedDict
 
     import tyro
 
     text = tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1, metavar="", instance_from_str=itemgetter(0), is_instance=lambda value: True, str_from_instance=lambda v: [v]
+        nargs=1,
+        metavar="",
+        instance_from_str=itemgetter(0),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [value],
     )
 
     def flag(key: str, f: dataclasses.Field, doc: str) -> Any:
@@ -343,14 +345,19 @@ def flags() -> Any:
         hint = "(required)" if required else f"(default: {settings.as_text(default, f.type)})"
         aliases = ["--nproc"] if key == "run.nproc" else None
         about = tyro.conf.arg(metavar=settings.metavar(f.type), help=doc, help_behavior_hint=hint, aliases=aliases)
-        return Annotated[str, text, about]
+        return Annotated[object, text, about]
 
     def section(name: str, cls: type) -> Any:
         docs = settings.docs(cls)
-        made = TypedDict(name, {f.name: flag(f"{name}.{f.name}", f, docs[f.name]) for f in fields(cls)}, total=False)
-        return Annotated[made, tyro.conf.arg(help=cls.__doc__)]
+        members = [(f.name, flag(f"{name}.{f.name}", f, docs[f.name]), field(default=None)) for f in fields(cls)]
+        return Annotated[dataclasses.make_dataclass(cls.__name__, members), tyro.conf.arg(help=cls.__doc__)]
 
-    return TypedDict("Settings", {name: section(name, cls) for name, cls in SECTIONS.items()})
+    return dataclasses.make_dataclass("Flags", [(name, section(name, cls)) for name, cls in SECTIONS.items()])
+
+
+def given(parsed: Any) -> dict[str, str]:
+    """The flags of a parsed command line that were given, by dotted name."""
+    return {key: text for key, text in flatten(dataclasses.asdict(parsed)).items() if text is not None}
 
 
 def dump(recipe: Recipe) -> str:

@@ -87,9 +87,13 @@ def test_tokenizers_that_join_or_change_the_sentence_are_refused():
 
 
 def test_unknown_labels_are_refused():
-    tokenizer = odd_tokenizer(normalizer=normalizers.Replace("#", "<unk>"))
-    for labels in (["<unk>", "1"], ["#", "<unk>"]):
-        with pytest.raises(UserError, match="the tokenizer cannot tell them apart"):
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", "So", "the", "overall", "score", "is", "1", "2"])}
+    words_only = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    words_only.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_only, unk_token="<unk>", eos_token="</s>")
+    assert find_scale(tokenizer, ["1", "2"], [1, 2], rationale="drop").token_ids == (7, 8)
+    for labels in (["1", "bad"], ["good", "bad"]):
+        with pytest.raises(UserError, match=r"the tokenizer cannot tell them apart \(token ids '.*', 'bad': 0\)"):
             find_scale(tokenizer, labels, [0, 1], rationale="drop")
 
 
