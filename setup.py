@@ -1,12 +1,14 @@
 """Packaging. Floors only: the newest versions must stay possible, and ``constraints.txt`` fixes what is tested."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="tract-fast",
     version="0.1.0",
     description="A lean trainer for LLM judges: two-stage regression-aware fine-tuning with chain of thought (TRACT)",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

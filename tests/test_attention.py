@@ -8,7 +8,7 @@ from tests.tiny_models import FAMILIES, tiny_lm
 from tract_fast import attention
 from tract_fast.attention import DOCUMENTS, VARLEN, document_attention, resolve_attention
 from tract_fast.errors import UserError
-from tract_fast.model import hidden_states, logit_transform, self_check, bare_batch
+from tract_fast.model import bare_batch, hidden_states, logit_transform, self_check
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -48,13 +48,18 @@ def test_self_check_finds_a_leak():
 
     def one_document(module, query, key, value, mask, **kwargs):
         return document_attention(
-            module, query, key, value, mask, **kwargs | {n: kwargs[n][[0, -1]] for n in ("cu_seq_lens_q", "cu_seq_lens_k")}
+            module,
+            query,
+            key,
+            value,
+            mask,
+            **kwargs | {n: kwargs[n][[0, -1]] for n in ("cu_seq_lens_q", "cu_seq_lens_k")},
         )
 
     from transformers import AttentionInterface
 
     AttentionInterface.register("test_leaks", one_document)
-    with pytest.raises(UserError, match="packing check.*cannot be trained packed with attention test_leaks"):
+    with pytest.raises(UserError, match=r"packing check.*cannot be trained packed with attention test_leaks"):
         self_check(lm, "test_leaks", None, 1.0)
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -62,7 +61,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
         return real(state, **options)
 
     monkeypatch.setattr(checkpoint.dcp, "save", full)
-    with pytest.raises(RunStopped, match="step 4 could not be written: .*No space left.*step_000002 is whole"):
+    with pytest.raises(RunStopped, match=r"step 4 could not be written: .*No space left.*step_000002 is whole"):
         train.run(recipe)
     monkeypatch.undo()
     assert sorted(p.name for p in checkpoint.folder(tmp_path / "run").iterdir()) == ["latest", "step_000002"]

@@ -86,12 +86,12 @@ def test_full_fine_tuning_has_float32_masters(tmp_path):
 
 @pytest.mark.parametrize("targets", [("lm_head",), ("q_proj", "lm_head"), ("embed_tokens",)])
 def test_lora_on_the_head_is_refused(tmp_path, targets):
-    with pytest.raises(UserError, match="lora.targets .* reaches the head or the embeddings"):
+    with pytest.raises(UserError, match=r"lora.targets .* reaches the head or the embeddings"):
         built(tiny_recipe(tmp_path, lora__rank=4, lora__targets=targets))
 
 
 def test_lora_target_that_matches_nothing(tmp_path):
-    with pytest.raises(UserError, match="lora.targets"):
+    with pytest.raises(UserError, match=r"lora\.targets"):
         built(tiny_recipe(tmp_path, lora__rank=4, lora__targets=("query_projection",)))
 
 
@@ -144,7 +144,7 @@ def test_missing_weights(tmp_path):
 
 def test_vocabulary_that_does_not_match(tmp_path):
     lm = tiny_lm(vocabulary=100)
-    with pytest.raises(UserError, match="the tokenizer has .* tokens and the model 100"):
+    with pytest.raises(UserError, match=r"the tokenizer has .* tokens and the model 100"):
         model.check_head(lm, tiny_tokenizer(), "x")
 
 

@@ -12,7 +12,13 @@ from tests.tiny_models import tiny_lm
 from tract_fast import recipe as recipes
 from tract_fast.recipe import Recipe
 
-WORDS = ["the reply is kind", "the reply is curt", "it answers the question", "it misses the point", "no thanks are given"]
+WORDS = [
+    "the reply is kind",
+    "the reply is curt",
+    "it answers the question",
+    "it misses the point",
+    "no thanks are given",
+]
 
 
 def save_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:

@@ -127,7 +127,9 @@ def document_attention(
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-def _one_document(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, cap: float | None) -> Tensor:
+def _one_document(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, cap: float | None
+) -> Tensor:
     n_q, n_k = q.shape[2], k.shape[2]
     gqa = q.shape[1] != k.shape[1]
     windowed = window is not None and n_k > window
@@ -149,7 +151,9 @@ def _refuse(attention_mask: Tensor | None, unused: dict) -> None:
     if attention_mask is not None:
         raise UserError("packed documents take no attention mask")
     if unused.get("dropout"):
-        raise UserError(f"attention dropout {unused['dropout']} is not supported: set attention_dropout to 0 in the config")
+        raise UserError(
+            f"attention dropout {unused['dropout']} is not supported: set attention_dropout to 0 in the config"
+        )
     for name in ("s_aux", "position_bias", "indices_to_mask"):
         if unused.get(name) is not None:
             raise UserError(f"this model's attention needs '{name}', which packed attention does not compute")

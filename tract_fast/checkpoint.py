@@ -27,7 +27,7 @@ from tract_fast import recipe as recipes
 from tract_fast.data import prompt
 from tract_fast.data.scores import ScoreScale, find_scale
 from tract_fast.errors import UserError
-from tract_fast.model import DTYPES, TractModel, load_lm, load_tokenizer, lora_config
+from tract_fast.model import DTYPES, TractModel, load_lm, load_tokenizer, lora_config, round_to
 from tract_fast.recipe import Recipe
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -52,7 +52,9 @@ def latest(run_dir: Path) -> Path | None:
         return None
     path = folder(run_dir) / pointer.read_text().strip()
     if not (path / "state.json").is_file():
-        raise UserError(f"{pointer} names {path.name}, which is not there: write the name of a complete checkpoint in it")
+        raise UserError(
+            f"{pointer} names {path.name}, which is not there: write the name of a complete checkpoint in it"
+        )
     return path
 
 
@@ -96,7 +98,9 @@ def training_state(model: TractModel, optimizer: torch.optim.Optimizer) -> dict[
     return flat
 
 
-def save(run_dir: Path, model: TractModel, optimizer: torch.optim.Optimizer, progress: Progress, keep_last: int) -> Path:
+def save(
+    run_dir: Path, model: TractModel, optimizer: torch.optim.Optimizer, progress: Progress, keep_last: int
+) -> Path:
     """Write the checkpoint of ``progress.step`` and drop all but the newest ``keep_last``. Every rank must call it.
 
     Raises OSError (such as a full disk) with the previous checkpoint whole and the unfinished one removed.
@@ -176,7 +180,7 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
         missing = _load_weights(lm, weights)
         if missing:
             raise UserError(f"{source} lacks {len(missing)} trained weights, such as {sorted(missing)[0]}")
-        lm.to(dtype).save_pretrained(out)
+        round_to(lm, dtype).save_pretrained(out)
         folders = [out]
     for target in folders:
         tokenizer.save_pretrained(target)
@@ -212,7 +216,8 @@ def _export_lora(lm, recipe: Recipe, weights: dict[str, Tensor], dtype: torch.dt
 
     if not any(value.any() for name, value in weights.items() if "lora_B" in name):
         raise UserError("every lora_B is zero: this checkpoint has learnt nothing, or was not written whole")
-    adapted = get_peft_model(lm.to(dtype).float(), lora_config(recipe.lora))  # the base as it was trained: rounded
+    base = round_to(round_to(lm, dtype), torch.float32)  # merged in float32, from the base as it was trained
+    adapted = get_peft_model(base, lora_config(recipe.lora))
     missing = _load_weights(adapted.base_model.model, weights)
     if missing:
         raise UserError(f"the checkpoint lacks {len(missing)} adapter weights, such as {sorted(missing)[0]}")
@@ -221,7 +226,7 @@ def _export_lora(lm, recipe: Recipe, weights: dict[str, Tensor], dtype: torch.dt
     adapted.eval()
     with torch.no_grad():
         before = adapted(probe).logits
-        merged = adapted.merge_and_unload().to(dtype)
+        merged = round_to(adapted.merge_and_unload(), dtype)
         after = merged(probe).logits.float()
     error = ((after - before).norm() / before.norm()).item()
     print(f"merged and written in {recipe.model.dtype}: logits differ by {error:.1e} (relative)")

@@ -22,7 +22,7 @@ LATER = ("generate", "run", "evaluate", "score", "plan", "doctor")  # commands t
 def train(
     recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")],
     settings: Annotated[object, tyro.conf.arg(name="", constructor_factory=recipes.flags)],
-    dry_run: tyro.conf.FlagCreatePairsOff[bool] = False,
+    dry_run: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(aliases=["--dry-run"])] = False,
 ) -> int:
     """Train a judge by a recipe. The same command goes on with a run that was stopped.
 
@@ -33,7 +33,7 @@ def train(
         recipe: YAML file of settings; it needs at least model.path, data.train and run.dir.
         dry_run: Show the resolved recipe, the step plan, memory and one example token by token; train nothing.
     """
-    resolved = recipes.build(recipe, recipes.given(settings))
+    resolved = recipes.build(recipe, recipes.overrides(settings))
     from tract_fast.train import run
 
     return run(resolved, dry_run=dry_run)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _dispatch(list(sys.argv[1:] if argv is None else argv))
         finally:
-            sys.stdout.flush()  # so that a closed pipe or a full disk is met here
+            print(end="", flush=True)  # so that a closed pipe or a full disk is met here
     except UserError as error:
         return _fail(error, 2)
     except RunStopped as error:

@@ -40,9 +40,7 @@ def teacher_forced(model: TractModel, examples: Sequence[Encoded], recipe: Recip
     on the score tokens) and n. Every rank must call it; the micro-batches are the same for any number of steps.
     """
     score_ce = recipe.loss.score_ce
-    norm = batches.normalizer(
-        examples, ce_weight=1.0, regression_weight=1.0, score_ce=score_ce, ce_reduction="token"
-    )
+    norm = batches.normalizer(examples, ce_weight=1.0, regression_weight=1.0, score_ce=score_ce, ce_reduction="token")
     lengths = [len(e.ids) for e in examples]
     mine = batches.pack(lengths, max_tokens=recipe.train.max_tokens, world=ranks.world)[ranks.rank]
     found = torch.zeros(len(examples), 2, dtype=torch.float64, device=ranks.device)  # expected score, score mass

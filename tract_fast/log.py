@@ -18,7 +18,7 @@ from tract_fast.errors import UserError
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again. A torn last line goes too."""
+    """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again. A torn one goes."""
     if not path.exists():
         return
     kept = []
@@ -54,7 +54,9 @@ def _open_tracker(name: str, run_dir: Path, recipe: dict):
 
         tracker = importlib.import_module(name)  # wandb, and trackio, which has its calls
     except ImportError as error:
-        raise UserError(f"train.trackers names {name}, which is not installed: pip install 'tract-fast[track]'") from error
+        raise UserError(
+            f"train.trackers names {name}, which is not installed: pip install 'tract-fast[track]'"
+        ) from error
     tracker.init(project="tract-fast", name=run_dir.name, config=recipe)
     return lambda step, values: tracker.log(values, step=step)
 
@@ -69,7 +71,12 @@ class RunLog:
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if loud else None
         self.bar = None
         if loud and self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[now]}"),
+            )
             self.bar = Progress(*columns, console=self.console, transient=True)
             self.task = self.bar.add_task("training", total=total, completed=done, now="")
             self.bar.start()
@@ -92,9 +99,11 @@ class RunLog:
         self.recent.append(record["seconds"])
         left = perf.duration(sum(self.recent) / len(self.recent) * (self.total - record["step"]))
         now = (
-            f"loss {record['loss']:.4f}  ce {record['ce']:.4f}  mse {record['mse']:.3f}  mass {record['score_mass']:.3f}  "
+            f"loss {record['loss']:.4f}  ce {record['ce']:.4f}  mse {record['mse']:.3f}  "
+            f"mass {record['score_mass']:.3f}  "
             f"mae {record['score_mae']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
-            f"{record['tokens'] / record['seconds']:.0f} tok/s  {perf.peak_memory(self.device) / 2**30:.1f} GiB  left {left}"
+            f"{record['tokens'] / record['seconds']:.0f} tok/s  "
+            f"{perf.peak_memory(self.device) / 2**30:.1f} GiB  left {left}"
         )
         if self.bar:
             self.bar.update(self.task, completed=record["step"], now=now)

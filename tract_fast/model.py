@@ -124,7 +124,9 @@ def load_config(model: Model):
     kind = config.model_type
     unknown = set(getattr(text, "layer_types", None) or ()) - LAYER_TYPES
     if unknown:
-        raise UserError(f"model.path = {model.path}: {kind} has {', '.join(sorted(unknown))} layers, which packing breaks")
+        raise UserError(
+            f"model.path = {model.path}: {kind} has {', '.join(sorted(unknown))} layers, which packing breaks"
+        )
     if getattr(text, "attention_chunk_size", None):
         raise UserError(f"model.path = {model.path}: {kind} attends in chunks, which packed attention does not compute")
     if getattr(config, "is_encoder_decoder", False):
@@ -192,14 +194,21 @@ def add_lora(lm: nn.Module, lora: Lora, dtype: torch.dtype, seed: int) -> None:
     wrapped = [name for name, m in lm.named_modules() if getattr(m, "base_layer", None) is not None]
     tied = lm.get_input_embeddings()
     if lm.get_output_embeddings() is not head or hasattr(tied, "base_layer"):
-        raise UserError(f"lora.targets = {lora.targets} reaches the head or the embeddings: name the blocks' layers only")
+        raise UserError(
+            f"lora.targets = {lora.targets} reaches the head or the embeddings: name the blocks' layers only"
+        )
     if not wrapped:
         raise UserError(f"lora.targets = {lora.targets} matches no layer")
     for p in lm.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()
-        else:
-            p.data = p.data.to(dtype)
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+
+
+def round_to(lm: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``lm`` with its weights in ``dtype``, in place (transformers refuses ``.to(dtype)`` after GGUF)."""
+    for p in lm.parameters():
+        p.data = p.data.to(dtype)
+    lm.config.dtype = dtype
+    return lm
 
 
 def lora_config(lora: Lora):
@@ -318,13 +327,15 @@ def bare_batch(documents: list[Tensor]) -> Batch:
 
 def checkpoint_activations(model: TractModel, setting: str, *, keep_rng: bool) -> None:
     """Recompute activations in backward: of every block (``full``), of every k-th (a number), or only what is cheap to
-    recompute in every block (``selective``: matrix products and attention are kept). ``keep_rng`` when dropout is on."""
+    recompute in every block (``selective``: products and attention are kept). ``keep_rng`` when dropout is on."""
     if setting == "none":
         return
     options = {"use_reentrant": False, "preserve_rng_state": keep_rng}
     if setting == "selective":
         options["context_fn"] = _keep_products
-    model.lm.gradient_checkpointing_enable(options)
+    # renamed in transformers 5.2x; the old name goes in 6
+    enable = getattr(model.lm, "activation_checkpointing_enable", model.lm.gradient_checkpointing_enable)
+    enable(options)
     every = int(setting) if setting.isdigit() else 1
     for i, block in enumerate(model.blocks):
         block.gradient_checkpointing = i % every == 0

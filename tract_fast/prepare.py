@@ -19,7 +19,7 @@ from tract_fast.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """``train`` and ``held_out`` are encoded examples; ``left_out`` names every record that is not among them and why."""
+    """``train`` and ``held_out`` are encoded examples; ``left_out`` names every other record and why."""
 
     tokenizer: Any
     config: Any
@@ -90,7 +90,7 @@ def _read(recipe: Recipe, say, left_out: list) -> tuple[list, list]:
         left_out.extend({"where": s.where, "why": s.why} for s in loaded.skipped)
         if loaded.skipped:
             first = loaded.skipped[0]
-            say(f"data: {len(loaded.skipped)} broken records of {source} skipped, the first at {first.where}: {first.why}")
+            say(f"data: {len(loaded.skipped)} broken records of {source} skipped, first {first.where}: {first.why}")
         for note in loaded.notes:
             say(f"data: {note}")
         return loaded.examples
@@ -112,7 +112,9 @@ def _check_lengths(recipe: Recipe, config, examples: list[Encoded]) -> None:
     longest = max(len(e.ids) for e in examples)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if context and longest > context:
-        raise UserError(f"the longest example has {longest} tokens, the model's context is {context}: lower data.max_len")
+        raise UserError(
+            f"the longest example has {longest} tokens, the model's context is {context}: lower data.max_len"
+        )
     if longest > recipe.train.max_tokens:
         raise UserError(
             f"train.max_tokens = {recipe.train.max_tokens} is less than the longest example ({longest} tokens): "
@@ -127,4 +129,5 @@ def _tokens(tokenizer, ids) -> str:
 def _length_summary(examples: list[Encoded]) -> str:
     lengths = sorted(len(e.ids) for e in examples)
     target = sum(len(e.ids) - e.prompt_len for e in examples)
-    return f"{sum(lengths) / len(lengths):.0f} tokens on average (at most {lengths[-1]}), {target / sum(lengths):.0%} trained on"
+    mean = sum(lengths) / len(lengths)
+    return f"{mean:.0f} tokens on average (at most {lengths[-1]}), {target / sum(lengths):.0%} trained on"

@@ -4,6 +4,7 @@ The docstring below a field is its help text (``tract-fast train --help``) and i
 """
 
 import dataclasses
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -74,9 +75,11 @@ class Lora:
         _require(self.rank >= 0, "lora.rank", self.rank, "must be 0 (full fine-tuning) or more")
         _require(self.alpha > 0, "lora.alpha", self.alpha, "must be above 0")
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be at least 0 and below 1")
-        if isinstance(self.targets, str) and self.targets != "all-linear":  # peft would take it for a regular expression
+        if isinstance(self.targets, str) and self.targets != "all-linear":
+            # peft would take one name for a regular expression over whole paths
             object.__setattr__(self, "targets", tuple(name.strip() for name in self.targets.split(",")))
-        _require(bool(self.targets) and all(self.targets), "lora.targets", self.targets, "must be all-linear or module names")
+        named = bool(self.targets) and all(self.targets)
+        _require(named, "lora.targets", list(self.targets), "must be all-linear or names of modules")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,8 +267,8 @@ class Recipe:
         found = []
         if self.loss.normalize == "scores" and not (self.loss.score_ce and self.loss.ce_weight > 0):
             found.append(
-                "loss.normalize = scores without cross-entropy on the score token (loss.score_ce, loss.ce_weight): nothing "
-                "keeps probability on the score labels; watch score_mass, or set loss.normalize: vocab"
+                "loss.normalize = scores without cross-entropy on the score token (loss.score_ce, loss.ce_weight): "
+                "nothing keeps probability on the score tokens; watch score_mass, or set loss.normalize: vocab"
             )
         if self.train.eval_every is not None and self.data.eval is None and not self.data.holdout:
             found.append("train.eval_every has nothing to evaluate on: set data.eval or data.holdout")
@@ -281,13 +284,13 @@ def load(path: str | Path, argv: Sequence[str]) -> Recipe:
     return build(path, parse(argv))
 
 
-def build(path: str | Path, overrides: Mapping[str, str]) -> Recipe:
+def build(path: str | Path, changes: Mapping[str, str]) -> Recipe:
     """The recipe in a YAML file, with settings by dotted name, written as YAML values, on top. Raises UserError."""
     found = settings.read_file(Path(path), SECTIONS)
     wrong = [f"{key}{found[key].where}: {settings.unknown(key, FIELDS)}" for key in found if key not in FIELDS]
     if wrong:
         raise UserError("; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
-    found |= {key: settings.read_word(key, text) for key, text in overrides.items()}
+    found |= {key: settings.read_word(key, text) for key, text in changes.items()}
     for key, f in FIELDS.items():
         if key not in found and _default(f) is dataclasses.MISSING:
             raise UserError(f"{key} is not set: write it in {path} or give --{key} VALUE")
@@ -309,20 +312,23 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
     import tyro
 
     check_flags(argv)
-    return given(tyro.cli(flags(), args=argv, prog="tract-fast train", use_underscores=True, add_help=False))
+    return overrides(tyro.cli(flags(), args=argv, prog="tract-fast train", use_underscores=True, add_help=False))
 
 
 def check_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> None:
     """Raise UserError at the first flag that is no setting (nor one of ``switches``) or lacks its value."""
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
-        key, equals, _ = word.removeprefix("--").partition("=")
-        key = key.replace("-", "_")
-        if not word.startswith("--") or key in switches:
-            continue
-        if key not in FIELDS and key != "nproc":
-            raise UserError(f"--{key}: {settings.unknown(key, FIELDS)}")
-        if not equals and after.startswith("--"):
-            raise UserError(f"--{key} needs a value: --{key} {settings.metavar(FIELDS.get(key, FIELDS['run.nproc']).type)}")
+    for word, after in itertools.pairwise([*argv, "--"]):
+        flag, equals, _ = word.partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if not word.startswith("--"):
+            if equals and flag in FIELDS:
+                raise UserError(f"{word}: write --{word}")
+        elif key in FIELDS or key == "nproc":
+            if not equals and after.startswith("--"):
+                kind = FIELDS["run.nproc" if key == "nproc" else key].type
+                raise UserError(f"{flag} needs a value: {flag} {settings.metavar(kind)}")
+        elif key not in switches and word != "--":
+            raise UserError(f"{flag}: {settings.unknown(key, FIELDS)}")
 
 
 def flags() -> type:
@@ -355,7 +361,7 @@ def flags() -> type:
     return dataclasses.make_dataclass("Flags", [(name, section(name, cls)) for name, cls in SECTIONS.items()])
 
 
-def given(parsed: Any) -> dict[str, str]:
+def overrides(parsed: Any) -> dict[str, str]:
     """The flags of a parsed command line that were given, by dotted name."""
     return {key: text for key, text in flatten(dataclasses.asdict(parsed)).items() if text is not None}
 

@@ -17,7 +17,7 @@ import sys
 import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
@@ -97,21 +97,26 @@ class Given(NamedTuple):
 class _Loader(yaml.SafeLoader):
     """Safe YAML with the few untyped words of YAML 1.2, and no aliases: a setting stands where it is written."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own attribute)
+    yaml_implicit_resolvers: ClassVar = {}
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported: write the value out", mark)
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not supported, write the value", mark)
         return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = {}  # noqa: RUF012
+    yaml_implicit_resolvers: ClassVar = {}
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> ScalarNode:
+        return self.represent_scalar(TAG + "str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(TAG + "null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""])
@@ -160,19 +165,21 @@ def read_word(key: str, text: str) -> Given:
     if node is None:
         node = ScalarNode(TAG + "null", "")
     elif text[node.end_mark.index :].strip():
-        raise UserError(f"--{key} {text}: {text[node.end_mark.index :].strip()!r} would be ignored: quote the value for YAML")
-    return Given(node, text, "")
+        rest = text[node.end_mark.index :].strip()
+        raise UserError(f"--{key} {text}: as YAML {rest!r} is no part of the value: quote it, --{key} '\"...\"'")
+    return Given(node, text or "null", "")
 
 
 def _read_text(path: Path) -> str:
     if path.is_dir():
         inside = path / "recipe.yaml"
-        raise UserError(f"{path} is a folder" + (f": give the recipe in it, {inside}" if inside.is_file() else ", not a recipe"))
+        raise UserError(f"{path} is a folder" + (f"; did you mean {inside}?" if inside.is_file() else ", not a recipe"))
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        raise UserError(f"{path}: no such recipe file" + (f"; did you mean {path.with_name(near[0])}?" if near else "")) from None
+        hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+        raise UserError(f"{path}: no such recipe file{hint}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
@@ -226,7 +233,9 @@ def _shown(source: str, node: Node) -> str:
 
 
 def _is_null(node: Node) -> bool:
-    return isinstance(node, ScalarNode) and node.style is None and (node.tag == TAG + "null" or node.value.lower() == "none")
+    """Whether null stands there: empty, ~, null, or Python's None."""
+    plain = isinstance(node, ScalarNode) and node.style is None
+    return plain and (node.tag == TAG + "null" or node.value.lower() == "none")
 
 
 class _Mismatch(Exception):
@@ -287,8 +296,10 @@ def _expected(kind: Any) -> str:
     if origin is types.UnionType:
         return " or ".join(_expected(a) for a in args)
     if origin is tuple:
-        count = "" if args[-1] is Ellipsis else f"{len(args)} "
-        return f"a list of {count}values such as {'[1, 2]' if args[0] in (int, float) else '[A, B]'}"
+        if args[-1] is not Ellipsis:
+            return f"a list of {len(args)} values in brackets"
+        words = get_args(args[0]) or (("1", "2") if args[0] is float else ("A", "B"))
+        return f"a list such as [{', '.join(words[:2])}]"
     return "a mapping such as {name: value}" if origin is dict else BASIC[kind][1]
 
 
@@ -309,7 +320,8 @@ def as_text(value: Any, kind: Any) -> str:
 
     def written(style: str | None) -> str:
         options = {"default_flow_style": True, "width": math.inf, "allow_unicode": True, "sort_keys": False}
-        return yaml.dump([value], Dumper=_Dumper, default_style=style, **options).strip()[1:-1]
+        text = yaml.dump(value, Dumper=_Dumper, default_style=style, **options)
+        return text.removesuffix("...\n").removesuffix("\n")  # "..." ends a document that is one bare word
 
     text = written(None)
     # "none" and the like: a word for text in YAML, but for null where null may stand
@@ -325,10 +337,13 @@ def unknown(key: str, known: Collection[str]) -> str:
     inside = [k for k in known if key.startswith(f"{k}.")]
     if inside:
         return f"{inside[0]} is one value: write {inside[0]}: {{{key.removeprefix(inside[0] + '.')}: ...}}"
-    if any(k.startswith(f"{key}.") for k in known):
-        return f"{key} is a section: name one of its settings, such as {next(k for k in known if k.startswith(f'{key}.'))}"
+    members = [k for k in known if k.startswith(f"{key}.")]
+    if members:
+        return f"this is a section: name one of its settings, such as {members[0]}"
     meant = [k for k, names in OTHER_NAMES.items() if last in names.split()]
     meant = meant or [k for k in known if k.rpartition(".")[2] == last]
+    if not (meant or section) and (near := difflib.get_close_matches(last, {k.partition(".")[0] for k in known}, n=1)):
+        return f"no such section; did you mean {near[0]}?"
     meant = meant or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     meant = meant or [k for k in known if difflib.get_close_matches(last, [k.rpartition(".")[2]], cutoff=0.75)][:1]
     return "no such setting" + (f"; did you mean {' or '.join(meant)}?" if meant else "")

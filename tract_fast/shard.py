@@ -62,9 +62,7 @@ def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> No
     Weights are gathered in ``compute_dtype``, gradients reduced in float32. Forward inputs are not cast: score targets
     and row weights must reach the head in float32.
     """
-    precision = MixedPrecisionPolicy(
-        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     options = {"mesh": mesh, "mp_policy": precision}
     for block in model.blocks:
         fully_shard(block, **options)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.backends.cpu import get_cpu_capability as cpu_capability
 
 from tract_fast import checkpoint, estimate, evaluate, log, model, optim, recipe as recipes, shard
 from tract_fast.checkpoint import Progress
@@ -53,7 +54,7 @@ class Job:
 def run(recipe: Recipe, dry_run: bool = False) -> int:
     """Train by a recipe, or with ``dry_run`` show what would be done; returns the process's exit code.
 
-    Writes ``recipe.yaml``, ``metrics.jsonl``, ``left_out.jsonl`` and ``checkpoints/`` in ``run.dir``. A ``run.dir`` that
+    Writes ``recipe.yaml``, ``metrics.jsonl``, ``left_out.jsonl`` and ``checkpoints/`` in ``run.dir``. One that
     holds a checkpoint goes on from it. Raises UserError before any work where a setting cannot work, RunStopped where a
     run cannot go on.
     """
@@ -65,7 +66,9 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
         return 0
     start = resume_point(recipe)
     with shard.start_ranks() as ranks:
-        say(f"device: {ranks.device}, {ranks.world} rank{'s' if ranks.world > 1 else ''}, {torch.get_num_threads()} threads")
+        say(f"device: {ranks.device}, {ranks.world} ranks, {torch.get_num_threads()} threads")
+        if recipe.model.dtype == "bfloat16" and ranks.device.type == "cpu" and "AVX512" not in cpu_capability():
+            say(f"warning: model.dtype = bfloat16 is slow here ({cpu_capability()}, no 16-bit products): try float32")
         data = prepare(recipe, say)
         job = assemble(recipe, ranks, data, say)
         done = restore(job, start, say)
@@ -81,9 +84,14 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
     shard.shard(built, ranks.mesh, dtype)
     trained = built.trainable()
     count, whole = (sum(p.numel() for p in ps) for ps in (trained.values(), built.parameters()))
-    say(f"model: {whole / 1e6:.1f}M parameters, {count / 1e6:.2f}M trained; compute {recipe.model.dtype}, masters float32")
+    say(
+        f"model: {whole / 1e6:.1f}M parameters, {count / 1e6:.2f}M trained; compute {recipe.model.dtype}, "
+        "masters float32"
+    )
     built.train()
-    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), recipe.train), total_steps(recipe, len(data.train)))
+    return Job(
+        recipe, ranks, data, built, optim.adamw(trained.values(), recipe.train), total_steps(recipe, len(data.train))
+    )
 
 
 def total_steps(recipe: Recipe, n: int) -> int:
@@ -116,7 +124,9 @@ def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
         return 0
     progress = checkpoint.load(start, job.model, job.optimizer)
     if progress.fingerprint != job.data.fingerprint():
-        raise UserError(f"data.train = {job.recipe.data.train} is not what {start} was trained on: choose another run.dir")
+        raise UserError(
+            f"data.train = {job.recipe.data.train} is not what {start} was trained on: choose another run.dir"
+        )
     say(f"resume: going on after step {progress.step} from {start}")
     return progress.step
 
@@ -131,8 +141,8 @@ def open_run_dir(job: Job, done: int) -> None:
     free = shutil.disk_usage(job.run_dir).free
     if free < 2 * needed:
         raise UserError(
-            f"run.dir = {job.run_dir} has {free / 2**20:.0f} MiB free and two checkpoints take {2 * needed / 2**20:.0f} MiB: "
-            "free some space or choose another run.dir"
+            f"run.dir = {job.run_dir} has {free / 2**20:.0f} MiB free and two checkpoints take "
+            f"{2 * needed / 2**20:.0f} MiB: free some space or choose another run.dir"
         )
 
 
@@ -160,9 +170,12 @@ def loop(job: Job, done: int) -> int:
     """Steps ``done`` to the end, with evaluations and checkpoints on the way; returns the exit code."""
     recipe, ranks = job.recipe, job.ranks
     writers = log.tracker_writers(recipe.train.trackers, job.run_dir, recipes.as_dict(recipe)) if ranks.is_main else []
-    with StopSignal() as stop, log.RunLog(
-        job.run_dir, total=job.total, done=done, device=ranks.device, writers=writers, loud=ranks.is_main
-    ) as out:
+    with (
+        StopSignal() as stop,
+        log.RunLog(
+            job.run_dir, total=job.total, done=done, device=ranks.device, writers=writers, loud=ranks.is_main
+        ) as out,
+    ):
         if done >= job.total:
             out.say(f"nothing to do: all {job.total} steps are done; raise train.max_steps or train.epochs to go on")
             return 0
@@ -192,13 +205,15 @@ def save(job: Job, step: int, out: log.RunLog) -> None:
         path = checkpoint.save(job.run_dir, job.model, job.optimizer, progress, job.recipe.checkpoint.keep_last)
     except OSError as error:
         kept = checkpoint.latest(job.run_dir)
-        rest = f"{kept.name} is whole: free some space and give the same command" if kept else "nothing was saved before"
+        rest = (
+            f"{kept.name} is whole: free some space and give the same command" if kept else "nothing was saved before"
+        )
         raise RunStopped(f"run.dir = {job.run_dir}: {error}; {rest}") from error
     out.say(f"checkpoint: {path}")
 
 
 def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
-    """One optimizer step; returns its metrics. Raises RunStopped before the update where loss or gradient is not finite."""
+    """One optimizer step; returns its metrics. Raises RunStopped before the update where something is not finite."""
     started = time.perf_counter()
     recipe, ranks = job.recipe, job.ranks
     seed_step(recipe.train.seed, step, ranks.rank)
@@ -217,7 +232,9 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
     sums[-1] = float(stop.received is not None)
     shard.all_sum(sums)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
-    loss, nll, squared, absolute, mass, stopping, grad_norm = torch.cat([sums, norm_of_gradient.double()[None]]).tolist()
+    loss, nll, squared, absolute, mass, stopping, grad_norm = torch.cat(
+        [sums, norm_of_gradient.double()[None]]
+    ).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise_not_finite(step, loss, grad_norm, examples)
     if recipe.train.clip is not None:
@@ -260,7 +277,7 @@ def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batc
 
 
 def tally(out: TractLoss, batch: batches.Batch) -> Tensor:
-    """(6,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, and one free place."""
+    """(6,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, a free place."""
     error = out.expected_score - batch.score_targets
     parts = [out.loss.detach(), out.nll.sum(), error.square().sum(), error.abs().sum(), out.score_mass.sum()]
     return torch.stack([p.double() for p in parts] + [torch.zeros((), dtype=torch.float64, device=error.device)])
@@ -275,6 +292,6 @@ def raise_not_finite(step: int, loss: float, grad_norm: float, examples: list[En
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
     names = ", ".join(e.id for e in examples[:8]) + (" ..." if len(examples) > 8 else "")
     raise RunStopped(
-        f"the {what} at step {step + 1}, before the update; its examples: {names}. Lower train.lr, set train.clip, or look "
-        "at those examples; the same command goes on from the last checkpoint"
+        f"the {what} at step {step + 1}, before the update; its examples: {names}. Lower train.lr, set train.clip, or "
+        "look at those examples; the same command goes on from the last checkpoint"
     )

@@ -1,4 +1,4 @@
-"""The step plan: every sequence once an epoch, packed within the limit, the same on every rank; and the Batch it fills."""
+"""The step plan: every sequence once an epoch, packed within the limit, for every rank; and the Batch it fills."""
 
 import math
 

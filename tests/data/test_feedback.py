@@ -166,7 +166,9 @@ def test_first_of_several_is_named_and_the_rest_counted(load):
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])
 def test_nothing_left_is_an_error(load, on_error):
-    with pytest.raises(UserError, match=r"^data.jsonl:1: its fields .* \(and 1 more broken records\); no record can be"):
+    with pytest.raises(
+        UserError, match=r"^data.jsonl:1: its fields .* \(and 1 more broken records\); no record can be"
+    ):
         load({"a": 1}, {"b": 2}, on_error=on_error)
 
 
@@ -191,7 +193,7 @@ def test_labels_that_are_not_their_values(load):
     assert [e.score for e in load(BENCHMARK, **falling).examples] == [2.0, 1.0], "what a judge wrote is a label"
     assert load(COLLECTION, **falling).examples[0].score == 2.0
     unit = {"labels": LABELS, "values": [0, 0.25, 0.5, 0.75, 1]}
-    with pytest.raises(UserError, match="score = 3 is not on the scale: .* or a number from 0 to 1"):
+    with pytest.raises(UserError, match=r"score = 3 is not on the scale: .* or a number from 0 to 1"):
         load(PLAIN, **unit)
 
 
@@ -255,7 +257,7 @@ def test_split_depends_on_the_seed_and_refuses_what_it_cannot_do():
     with pytest.raises(UserError, match=r"data.holdout = 0.5: a split needs two questions"):
         split_by_question(some("aaa"), 0.5, 0)
     for share in (-0.1, 1.0, float("nan")):
-        with pytest.raises(UserError, match="data.holdout = .*: write a share"):
+        with pytest.raises(UserError, match=r"data.holdout = .*: write a share"):
             split_by_question(examples, share, 0)
 
 

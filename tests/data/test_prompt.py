@@ -1,5 +1,6 @@
 """From example to ids: the template letter for letter, pieces that equal the whole, and the start-up checks."""
 
+import io
 import json
 import re
 
@@ -35,8 +36,8 @@ def judged(prompt="Is it [b]kind[/b]?\n\n###Feedback: ", rationale=RATIONALE, sc
 
 def test_template_rebuilds_the_real_prompts():
     parts = [
-        r"###The instruction to evaluate:\n(.*?)\n\n###Response to evaluate:\n(.*)\n\n###Reference Answer \(Score 5\):\n",
-        r"(.*)\n\n###Score Rubrics:\n\[(.*?)\]\n",
+        r"###The instruction to evaluate:\n(.*?)\n\n###Response to evaluate:\n(.*)\n\n",
+        r"###Reference Answer \(Score 5\):\n(.*)\n\n###Score Rubrics:\n\[(.*?)\]\n",
         *(rf"Score {n}: (.*)\n" for n in range(1, 6)),
     ]
     pattern = re.compile("".join(parts), re.DOTALL)
@@ -152,7 +153,7 @@ def test_rationale_with_the_end_token_is_refused():
 def test_chat_template_kwargs_reach_the_template():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ mood }}" + tokenizer.chat_template
-    assert render_prompt(tokenizer, "Hi", {"mood": "gay"}).startswith("gay<|im_start|>user\nHi<|im_end|>")
+    assert render_prompt(tokenizer, "Hi", {"mood": "calm"}).startswith("calm<|im_start|>user\nHi<|im_end|>")
     got = encode(tokenizer, scale_of(tokenizer), judged(), {"mood": "terse"})
     assert tokenizer.decode(got.ids).startswith("terse<|im_start|>user")
 
@@ -164,7 +165,9 @@ def test_chat_template_that_cannot_render():
             render_prompt(tokenizer, "Hi", {name: True})
     for template in ("{{ raise_exception('no') }}", "{{ 1 + kind }}", "{% if %}", "{{ x.y.z }}"):
         tokenizer.chat_template = template
-        with pytest.raises(UserError, match=r"the chat template failed with data.chat_template_kwargs = {'kind': 'b'}: "):
+        with pytest.raises(
+            UserError, match=r"the chat template failed with data.chat_template_kwargs = {'kind': 'b'}: "
+        ):
             render_prompt(tokenizer, "Hi", {"kind": "b"})
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="the tokenizer has no chat template"):
@@ -200,21 +203,27 @@ def test_template_without_bos_stays_without():
 
 
 def test_scale_of_another_tokenizer_is_refused():
-    with pytest.raises(UserError, match="the score scale"):
-        scale = scale_of(tiny_tokenizer())
-        tokenizer = tiny_tokenizer()
-        tokenizer.eos_token = "<|endoftext|>"
+    tokenizer = tiny_tokenizer()
+    scale = scale_of(tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    with pytest.raises(UserError, match="the score scale ends in token 2, the tokenizer's EOS is 0"):
         check_tokenizer(tokenizer, scale, {})
 
 
-def test_bos_that_is_no_token_is_refused():
-    tokenizer = tiny_tokenizer()
+def test_tokenizer_that_reads_bos_as_text_or_adds_one_is_refused():
+    tokenizer = tiny_bos_tokenizer()
     scale = scale_of(tokenizer)
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template.replace("<|im_start|>", "")
-    check_tokenizer(tokenizer, scale, {})
-    tokenizer._tokenizer.normalizer = __import__("tokenizers").normalizers.Lowercase()
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "{{ bos_token }}{{ bos_token }}")
-    with pytest.raises(UserError, match="twice"):
+    tokenizer.split_special_tokens = True
+    with pytest.raises(UserError, match=r"does not read the BOS '<\|begin\|>' of its chat template as one token"):
+        check_tokenizer(tokenizer, scale, {})
+
+    class Insistent(type(tokenizer)):  # as tokenizers that come with code of their own may be
+        def __call__(self, text, add_special_tokens=True, **options):
+            return super().__call__(text, add_special_tokens=True, **options)
+
+    tokenizer = tiny_bos_tokenizer()
+    tokenizer.__class__ = Insistent
+    with pytest.raises(UserError, match=r"adds a BOS '<\|begin\|>' to a text even with add_special_tokens=False"):
         check_tokenizer(tokenizer, scale, {})
 
 
@@ -235,6 +244,6 @@ def test_show(make):
     assert "\N{REPLACEMENT CHARACTER}" not in text.plain
     styles = [style for _, style in spans if style.startswith("green")]
     assert {"green", "green underline"} == set(styles)
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(text)
     assert "[b]kind[/b]" in console.export_text()

@@ -1,4 +1,4 @@
-"""The reader of data files: what was written comes back, what is broken is named by its line, nothing else is raised."""
+"""The reader of data files: what was written comes back, what is broken is named by its line, and nothing else."""
 
 import gzip
 import json
@@ -94,7 +94,8 @@ def test_broken_line_is_named_and_hides_nothing(path, items, broken, data):
 
 @settings(max_examples=300)
 @given(
-    data=st.binary(max_size=60), prefix=st.sampled_from([b"", b"[", b'[{"a":', b'{"a":', b'[{}\n,\n{"prompt":"', b"PAR1"])
+    data=st.binary(max_size=60),
+    prefix=st.sampled_from([b"", b"[", b'[{"a":', b'{"a":', b'[{}\n,\n{"prompt":"', b"PAR1"]),
 )
 @example(data=b"[" * 100_000, prefix=b"")
 @example(data=b'{"a":' * 100_000, prefix=b"[{},")
@@ -208,12 +209,14 @@ def test_parquet(tmp_path):
     found = read(tmp_path / "x.parquet")
     assert [r.fields for r in found] == rows
     assert found[1234].where == "x.parquet:1235"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:0], pyarrow.schema([("a", "int8")])), tmp_path / "y.parquet")
-    with pytest.raises(UserError, match="y.parquet has no rows"):
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows[:0], pyarrow.schema([("a", "int8")])), tmp_path / "y.parquet"
+    )
+    with pytest.raises(UserError, match=r"y.parquet has no rows"):
         read(tmp_path / "y.parquet")
     cut = tmp_path / "cut.parquet"
     cut.write_bytes((tmp_path / "x.parquet").read_bytes()[:-100])
-    with pytest.raises(UserError, match="cut.parquet: not a whole Parquet file"):
+    with pytest.raises(UserError, match=r"cut.parquet: not a whole Parquet file"):
         read(cut)
 
 
@@ -270,5 +273,7 @@ def test_hub_data_sets(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     sentence, rows = done.stdout.splitlines()
-    assert sentence.startswith("some-one/judgements:test is no file here, and the Hugging Face hub did not give it, split")
+    assert sentence.startswith(
+        "some-one/judgements:test is no file here, and the Hugging Face hub did not give it, split"
+    )
     assert rows == "[('local_set:1', {'a': 1}), ('local_set:2', {'a': 2})]"

@@ -93,7 +93,7 @@ def test_unknown_labels_are_refused():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words_only, unk_token="<unk>", eos_token="</s>")
     assert find_scale(tokenizer, ["1", "2"], [1, 2], rationale="drop").token_ids == (7, 8)
     for labels in (["1", "bad"], ["good", "bad"]):
-        with pytest.raises(UserError, match=r"the tokenizer cannot tell them apart \(token ids '.*', 'bad': 0\)"):
+        with pytest.raises(UserError, match=r"the tokenizer cannot tell them apart \(token ids '.*'bad': 0\)"):
             find_scale(tokenizer, labels, [0, 1], rationale="drop")
 
 

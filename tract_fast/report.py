@@ -1,0 +1,148 @@
+"""A run in one picture: ``metrics.jsonl`` -> PNG and SVG."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tract_fast.errors import UserError
+
+TRAIN, HELD_OUT = "#4c72b0", "#dd8452"
+STYLE = {"step": {"color": TRAIN, "alpha": 0.3, "linewidth": 1}, "mean": {"color": TRAIN, "linewidth": 1.8}}
+WINDOW = 10  # steps of the running mean; single steps see a few sequences and jump
+
+Points = tuple[list[int], list[float]]
+
+
+def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
+    """The training and the evaluation records of a ``metrics.jsonl``, each in order of step.
+
+    A line that a killed run left half written is the last one and is left out. Raises UserError where there is no file,
+    no record in it, or another line that is not JSON.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: there is no such file; a training run writes it as metrics.jsonl in run.dir"
+        ) from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path}:{number} is not a line of JSON: give the metrics.jsonl of a run") from None
+    if not records:
+        raise UserError(f"{path} holds no step yet: train first")
+    return [r for r in records if "eval" not in r], [r for r in records if "eval" in r]
+
+
+def plot_curves(metrics: Path, out: Path) -> Path:
+    """Draw a run's curves: cross-entropy, score error, correlation, score mass with learning rate.
+
+    Args:
+        metrics: the ``metrics.jsonl`` of a run.
+        out: the PNG to write (the suffix is made ``.png``); an SVG is written beside it.
+
+    Returns the PNG's path. Values that are null (an undefined correlation) are gaps. Raises UserError as
+    ``read_metrics``.
+    """
+    train, held_out = read_metrics(metrics)
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    panels = figure.subplots(2, 2)
+    _cross_entropy(panels[0, 0], train, held_out)
+    _score_error(panels[0, 1], train, held_out)
+    _correlation(panels[1, 0], held_out)
+    _mass_and_rate(panels[1, 1], train, held_out)
+    last = max(r["step"] for r in train + held_out)
+    for panel in panels.flat:
+        panel.set_xlim(-0.02 * last, max(1.02 * last, 1))
+        panel.set_xlabel("step")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        panel.grid(alpha=0.25)
+        panel.spines["top"].set_visible(False)
+    figure.suptitle(str(metrics.parent), fontsize=11)
+    png = out.with_suffix(".png")
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=150)
+    figure.savefig(out.with_suffix(".svg"))
+    return png
+
+
+def _cross_entropy(panel: Axes, train: list[dict], held_out: list[dict]) -> None:
+    _training(panel, _points(train, "ce"))
+    _evaluations(panel, _points(held_out, "ce"), "held out")
+    panel.set(title="Cross-entropy", ylabel="nats per token")
+    panel.set_ylim(bottom=0)
+    _legend(panel)
+
+
+def _score_error(panel: Axes, train: list[dict], held_out: list[dict]) -> None:
+    steps, mse = _points(train, "mse")
+    _training(panel, (steps, mse), name="train RMSE", root=True)
+    _evaluations(panel, _points(held_out, "rmse"), "held-out RMSE")
+    _evaluations(panel, _points(held_out, "mae"), "held-out MAE", linestyle="--", marker="s")
+    panel.set(title="Expected score against true score", ylabel="error, points of the scale")
+    panel.set_ylim(bottom=0)
+    _legend(panel)
+
+
+def _correlation(panel: Axes, held_out: list[dict]) -> None:
+    _evaluations(panel, _points(held_out, "pearson"), "Pearson")
+    _evaluations(panel, _points(held_out, "spearman"), "Spearman", linestyle="--", marker="s")
+    panel.set(title="Held-out correlation", ylabel="r")
+    if panel.lines:
+        low = min(min(line.get_ydata()) for line in panel.lines)
+        panel.set_ylim(min(0, low) - 0.05, 1.05)
+    else:
+        panel.text(0.5, 0.5, "no held-out data", ha="center", va="center", transform=panel.transAxes, color="gray")
+        panel.set_ylim(0, 1)
+    _legend(panel)
+
+
+def _mass_and_rate(panel: Axes, train: list[dict], held_out: list[dict]) -> None:
+    _training(panel, _points(train, "score_mass"))
+    _evaluations(panel, _points(held_out, "score_mass"), "held out")
+    panel.set(title="Probability on the score tokens; learning rate", ylabel="score mass")
+    panel.set_ylim(0, 1.05)
+    rate = panel.twinx()
+    rate.plot(*_points(train, "lr"), color="gray", linestyle=":", linewidth=1.5, label="learning rate")
+    rate.set_ylabel("learning rate", color="gray")
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.tick_params(axis="y", colors="gray")
+    rate.spines["top"].set_visible(False)
+    _legend(panel, rate)
+
+
+def _points(records: list[dict], key: str) -> Points:
+    """Steps and values of ``key``, without those that are null."""
+    found = [(r["step"], value) for r in records if (value := r.get("eval", r)[key]) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _training(panel: Axes, points: Points, name: str = "train", root: bool = False) -> None:
+    """Every step faintly, and the mean of the last WINDOW steps; of squares the ``root`` is taken after the mean."""
+    steps, values = points
+    recent = [values[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(values))]
+    means = [sum(window) / len(window) for window in recent]
+    power = 0.5 if root else 1
+    panel.plot(steps, [v**power for v in values], **STYLE["step"])
+    panel.plot(steps, [m**power for m in means], **STYLE["mean"], label=f"{name}, mean of {WINDOW} steps")
+
+
+def _evaluations(panel: Axes, points: Points, name: str, marker: str = "o", linestyle: str = "-") -> None:
+    if points[0]:
+        panel.plot(*points, color=HELD_OUT, marker=marker, markersize=5, linestyle=linestyle, label=name)
+
+
+def _legend(*panels: Axes) -> None:
+    """One legend for axes that share a panel, on the topmost, so that no line crosses it."""
+    handles = [handle for panel in panels for handle in panel.get_legend_handles_labels()[0]]
+    if handles:
+        panels[-1].legend(handles=handles, fontsize=8, framealpha=0.9)
