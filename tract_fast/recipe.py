@@ -281,7 +281,7 @@ FIELDS: dict[str, dataclasses.Field] = {f"{name}.{f.name}": f for name, cls in S
 
 def load(path: str | Path, argv: Sequence[str]) -> Recipe:
     """The recipe in a YAML file with command-line overrides (``--train.lr 2e-5``) on top. Raises UserError."""
-    return build(path, parse(argv))
+    return build(path, parse(argv) if argv else {})
 
 
 def build(path: str | Path, changes: Mapping[str, str]) -> Recipe:

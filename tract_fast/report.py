@@ -7,13 +7,13 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from tract_fast.errors import UserError
 
 TRAIN, HELD_OUT = "#4c72b0", "#dd8452"
-STYLE = {"step": {"color": TRAIN, "alpha": 0.3, "linewidth": 1}, "mean": {"color": TRAIN, "linewidth": 1.8}}
-WINDOW = 10  # steps of the running mean; single steps see a few sequences and jump
+SMOOTHING = 20  # the running mean is over a 20th of the run; single steps see a few sequences and jump
+HEADROOM = 1.25  # the panel of two axes leaves room above both for its legend
 
 Points = tuple[list[int], list[float]]
 
@@ -95,7 +95,7 @@ def _score_error(panel: Axes, train: list[dict], held_out: list[dict]) -> None:
 def _correlation(panel: Axes, held_out: list[dict]) -> None:
     _evaluations(panel, _points(held_out, "pearson"), "Pearson")
     _evaluations(panel, _points(held_out, "spearman"), "Spearman", linestyle="--", marker="s")
-    panel.set(title="Held-out correlation", ylabel="r")
+    panel.set(title="Held-out correlation", ylabel="correlation")
     if panel.lines:
         low = min(min(line.get_ydata()) for line in panel.lines)
         panel.set_ylim(min(0, low) - 0.05, 1.05)
@@ -109,15 +109,17 @@ def _mass_and_rate(panel: Axes, train: list[dict], held_out: list[dict]) -> None
     _training(panel, _points(train, "score_mass"))
     _evaluations(panel, _points(held_out, "score_mass"), "held out")
     panel.set(title="Probability on the score tokens; learning rate", ylabel="score mass")
-    panel.set_ylim(0, 1.05)
+    panel.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    panel.set_ylim(0, HEADROOM)
+    steps, rates = _points(train, "lr")
     rate = panel.twinx()
-    rate.plot(*_points(train, "lr"), color="gray", linestyle=":", linewidth=1.5, label="learning rate")
+    rate.plot(steps, rates, color="gray", linestyle=":", linewidth=1.5, label="learning rate")
     rate.set_ylabel("learning rate", color="gray")
-    rate.set_ylim(bottom=0)
-    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.set_ylim(0, HEADROOM * max(rates, default=1) or 1)
+    rate.yaxis.set_major_formatter(StrMethodFormatter("{x:.2g}"))
     rate.tick_params(axis="y", colors="gray")
     rate.spines["top"].set_visible(False)
-    _legend(panel, rate)
+    _legend(panel, rate, loc="upper center", ncols=3)
 
 
 def _points(records: list[dict], key: str) -> Points:
@@ -127,13 +129,17 @@ def _points(records: list[dict], key: str) -> Points:
 
 
 def _training(panel: Axes, points: Points, name: str = "train", root: bool = False) -> None:
-    """Every step faintly, and the mean of the last WINDOW steps; of squares the ``root`` is taken after the mean."""
+    """Every step faintly, and a mean over the last few; of squares the ``root`` is taken after the mean."""
     steps, values = points
-    recent = [values[max(0, i + 1 - WINDOW) : i + 1] for i in range(len(values))]
-    means = [sum(window) / len(window) for window in recent]
+    width = max(1, len(values) // SMOOTHING)
+    recent = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
     power = 0.5 if root else 1
-    panel.plot(steps, [v**power for v in values], **STYLE["step"])
-    panel.plot(steps, [m**power for m in means], **STYLE["mean"], label=f"{name}, mean of {WINDOW} steps")
+    means = [(sum(window) / len(window)) ** power for window in recent]
+    marker = "." if len(steps) == 1 else None  # a line of one point cannot be seen
+    if width > 1:
+        panel.plot(steps, [v**power for v in values], color=TRAIN, alpha=0.3, linewidth=1)
+        name = f"{name}, mean of {width} steps"
+    panel.plot(steps, means, color=TRAIN, linewidth=1.8, marker=marker, label=name)
 
 
 def _evaluations(panel: Axes, points: Points, name: str, marker: str = "o", linestyle: str = "-") -> None:
@@ -141,8 +147,8 @@ def _evaluations(panel: Axes, points: Points, name: str, marker: str = "o", line
         panel.plot(*points, color=HELD_OUT, marker=marker, markersize=5, linestyle=linestyle, label=name)
 
 
-def _legend(*panels: Axes) -> None:
+def _legend(*panels: Axes, **options) -> None:
     """One legend for axes that share a panel, on the topmost, so that no line crosses it."""
     handles = [handle for panel in panels for handle in panel.get_legend_handles_labels()[0]]
     if handles:
-        panels[-1].legend(handles=handles, fontsize=8, framealpha=0.9)
+        panels[-1].legend(handles=handles, fontsize=8, framealpha=0.9, **options)

@@ -332,7 +332,7 @@ def unknown(key: str, known: Collection[str]) -> str:
     """What is wrong with a dotted name that is not ``known``, and which one was probably meant."""
     section, _, last = key.lower().replace("-", "_").rpartition(".")
     for names, sentence in NO_SETTING.items():
-        if last in names.split() or section in names.split():
+        if (section if section == "generate" else last) in names.split():
             return f"no such setting: {sentence}"
     inside = [k for k in known if key.startswith(f"{k}.")]
     if inside:

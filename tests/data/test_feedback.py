@@ -212,6 +212,18 @@ def test_broken_json_is_skipped_beside_broken_records(tmp_path):
     assert isinstance(loaded.skipped[0], Skipped) and loaded.skipped[0].why.startswith("not JSON")
 
 
+def test_weight_beyond_a_float_is_broken(tmp_path):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"prompt": "p", "rationale": "r", "score": 3, "weight": 1e999}')
+    with pytest.raises(UserError, match=r"^x.jsonl:1: weight = inf: write a number above 0; no record can be used"):
+        read_examples(str(file), labels=LABELS, values=VALUES, rationale="keep", on_error="skip")
+
+
+def test_question_is_never_empty(load):
+    headings = [{**PLAIN, "prompt": f"\n###Response to evaluate:\n{text}"} for text in ("a", "b")]
+    assert len({e.question for e in load(*headings).examples}) == 2
+
+
 def test_vicuna_bench():
     loaded = read_examples(str(vicuna_eval()), labels=LABELS, values=VALUES, rationale="keep", on_error="fail")
     examples = loaded.examples
