@@ -47,9 +47,9 @@ def test_help_loads_nothing_heavy():
     assert "tyro" in loaded.split() and not heavy & set(loaded.split())
 
 
-def test_help_of_train_shows_every_setting(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "150")
-    text = " ".join(re.sub("[─-╿]", " ", help_of(capsys, "train")).split())  # without boxes and line breaks
+def test_help_of_train_shows_every_setting():
+    printed = run("train", "--help", env={**os.environ, "COLUMNS": "80", "PYTHONUTF8": "1"}).stdout
+    text = " ".join(re.sub("[─-╿]", " ", printed).split())  # without boxes and line breaks
     for key, f in recipes.FIELDS.items():
         section = recipes.SECTIONS[key.partition(".")[0]]
         assert f"--{key} {settings.metavar(f.type)} {settings.docs(section)[f.name]} (" in text, key
@@ -144,6 +144,14 @@ def test_dry_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "lr: 2.0e-05" in printed and f"train: {tmp_path}/data.jsonl" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_go_on(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(tiny_recipe(tmp_path)))
+    assert main(["train", str(path), "--train.lr", "1e30", "--train.clip", "null", "--checkpoint.every", "1"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: the ") and "before the update" in printed and printed.count("\n") == 1
 
 
 def test_closed_pipe():

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
 
