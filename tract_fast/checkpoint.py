@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 
 from tract_fast import recipe as recipes
 from tract_fast.data import prompt
-from tract_fast.data.scores import ScoreScale, find_scale
+from tract_fast.data.scores import SENTENCE, ScoreScale, find_scale
 from tract_fast.errors import UserError
 from tract_fast.model import DTYPES, TractModel, load_lm, load_tokenizer, lora_config, round_to
 from tract_fast.recipe import Recipe
@@ -172,7 +172,7 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
     scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)
     description = json.dumps(describe(recipe, scale), indent=2, ensure_ascii=False) + "\n"
     dtype = DTYPES[recipe.model.dtype]
-    lm = load_lm(recipe.model, dtype=torch.float32, attention_name="sdpa")
+    lm = load_lm(recipe.model, dtype=torch.float32, attention_name="eager")  # every family has it
     weights = trained_weights(source)
     if recipe.lora.rank:
         folders = _export_lora(lm, recipe, weights, dtype, out)
@@ -246,7 +246,7 @@ def describe(recipe: Recipe, scale: ScoreScale) -> dict:
         "rationale": recipe.data.rationale,
         "chat_template_kwargs": recipe.data.chat_template_kwargs,
         "prompt_template": prompt.TEMPLATE,
-        "score_sentence": prompt.SCORE_SENTENCE,
+        "score_sentence": SENTENCE,
         "base_model": recipe.model.path,
         "dtype": recipe.model.dtype,
     }
