@@ -192,3 +192,16 @@ def test_ctrl_c_saves_and_goes_on(tmp_path):
     assert metrics(tmp_path / "run")[-1]["step"] == done
     assert train.run(tiny_recipe(tmp_path, train__max_steps=done + 1, checkpoint__every=1000)) == 0
     assert metrics(tmp_path / "run")[-2]["step"] == done + 1
+
+
+def test_tensorboard(tmp_path):
+    """What the tracker's files hold is what ``metrics.jsonl`` holds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.run(tiny_recipe(tmp_path, train__max_steps=2, train__trackers=("tensorboard",)))
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    steps = [line for line in metrics(tmp_path / "run") if "eval" not in line]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (line["step"], pytest.approx(line["loss"], rel=1e-5)) for line in steps
+    ]
+    assert [e.step for e in events.Scalars("eval/rmse")] == [0, 2]
