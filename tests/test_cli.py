@@ -14,6 +14,7 @@ from tract_fast import __version__, recipe as recipes, settings
 from tract_fast.cli import COMMANDS, main
 
 COMMAND = [sys.executable, "-m", "tract_fast"]
+BUFFERED = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # as output is outside of containers
 
 
 def run(*argv, **options):
@@ -157,7 +158,8 @@ def test_a_run_that_cannot_go_on(tmp_path, capsys):
 def test_closed_pipe():
     reader, writer = os.pipe()
     os.close(reader)
-    ended = subprocess.run([*COMMAND, "train", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    command, options = [*COMMAND, "train", "--help"], {"stderr": subprocess.PIPE, "text": True, "timeout": 60}
+    ended = subprocess.run(command, stdout=writer, env=BUFFERED, **options)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "")
 
@@ -165,7 +167,8 @@ def test_closed_pipe():
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_full_disk():
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([*COMMAND, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        command, options = [*COMMAND, "--version"], {"stderr": subprocess.PIPE, "text": True, "timeout": 60}
+        ended = subprocess.run(command, stdout=full, env=BUFFERED, **options)
     assert ended.returncode == 1
     assert ended.stderr == "error: No space left on device: free some space and give the same command\n"
 

@@ -236,14 +236,44 @@ def test_warnings(load, text, count):
     assert len(load(text).warnings()) == count
 
 
+TRICKY = [
+    "none",
+    "None",
+    "null",
+    "~",
+    "off",
+    "1e-5",
+    "1.0",
+    "=",
+    "<<",
+    "a: b",
+    "- a",
+    "a #b",
+    " a ",
+    "a\n b",
+    "\x85",
+    "...",
+]
+
+
+@pytest.mark.parametrize("word", TRICKY)
+def test_tricky_words_are_quoted_where_they_must_be(tmp_path, word):
+    recipe = Recipe(
+        model=Model(path=word),
+        data=Data(train=word, eval=word, chat_template_kwargs={word: word, "a": [word, {word: None}]}),
+        score=Score(labels=(word, "b"), values=(1.0, 2.0)),
+        run=Run(dir=word),
+    )
+    (tmp_path / "r.yaml").write_text(recipes.dump(recipe), encoding="utf-8", newline="")
+    assert recipes.load(tmp_path / "r.yaml", []) == recipe
+
+
 words = st.text(min_size=1)
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 positive = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 shares = st.floats(min_value=0, max_value=1, exclude_max=True)
 counts = st.integers(min_value=1)
-tricky = st.sampled_from(
-    ["none", "None", "null", "~", "off", "1e-5", "1.0", "=", "<<", "a: b", "- a", "a #b", " a ", "a\n b"]
-)
+tricky = st.sampled_from(TRICKY)
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | tricky
 kwargs = st.dictionaries(st.text() | tricky, st.recursive(plain, lambda x: st.lists(x) | st.dictionaries(st.text(), x)))
 scales = st.lists(
