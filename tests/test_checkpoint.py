@@ -1,9 +1,9 @@
 """Checkpoints that survive, and exports that plain transformers and peft load."""
 
-import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -50,22 +50,28 @@ def test_killed_while_committing(tmp_path, monkeypatch, moment):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
-def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
-    """The write of step 4 fails as on a full disk: one sentence, step 2 whole, nothing half-written left behind."""
+def test_failed_write_keeps_the_previous_checkpoint(tmp_path):
+    """A real write error at step 4 (a limit on file size): one sentence, step 2 whole, nothing half-written left."""
     recipe = tiny_recipe(tmp_path, checkpoint__every=2)
-    real = checkpoint.dcp.save
-
-    def full(state, **options):
-        if checkpoint.latest(tmp_path / "run"):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(state, **options)
-
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
-    with pytest.raises(RunStopped, match=r"step 4 could not be written: .*No space left.*step_000002 is whole"):
-        train.run(recipe)
-    monkeypatch.undo()
+    assert train.run(tiny_recipe(tmp_path, checkpoint__every=2, train__max_steps=2)) == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        with pytest.raises(RunStopped, match=r"step 4 could not be written: .*File too large.*step_000002 is whole"):
+            train.run(recipe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in checkpoint.folder(tmp_path / "run").iterdir()) == ["latest", "step_000002"]
     assert train.run(recipe) == 0
+
+
+def test_retention_after_a_kill_before_the_pointer(tmp_path):
+    """A later step that no pointer names must not push out the checkpoint that is being written."""
+    assert train.run(tiny_recipe(tmp_path, checkpoint__every=2, train__max_steps=4)) == 0
+    (checkpoint.folder(tmp_path / "run") / "latest").write_text("step_000002\n")  # as a kill would leave it
+    assert train.run(tiny_recipe(tmp_path, checkpoint__keep_last=1, train__max_steps=3)) == 0
+    assert sorted(p.name for p in checkpoint.folder(tmp_path / "run").iterdir()) == ["latest", "step_000003"]
+    assert checkpoint.latest(tmp_path / "run").name == "step_000003"
 
 
 def test_pointer_to_nothing(tmp_path):

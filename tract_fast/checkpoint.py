@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tract_fast import recipe as recipes
 from tract_fast.data import prompt
@@ -117,7 +118,7 @@ def save(
         dcp.save(training_state(model, optimizer), storage_writer=writer)
         if is_main:
             _commit(partial, final, progress, keep_last)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException of the library's
         shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint of step {progress.step} could not be written: {_root_cause(error)}") from error
     dist.barrier()
@@ -134,9 +135,11 @@ def _commit(partial: Path, final: Path, progress: Progress, keep_last: int) -> N
     os.rename(partial, final)
     _sync(final.parent)
     replace_file(final.parent / "latest", final.name + "\n")
-    complete = sorted(p for p in final.parent.glob("step_*") if p.suffix != ".tmp")
-    for old in complete[:-keep_last]:
-        shutil.rmtree(old)
+    complete = {int(p.name.removeprefix("step_")): p for p in final.parent.glob("step_*") if p.suffix != ".tmp"}
+    # a later step is what a kill left between its rename and its pointer: this run will write it again
+    kept = sorted(step for step in complete if step <= progress.step)[-keep_last:]
+    for step in complete.keys() - set(kept):
+        shutil.rmtree(complete[step])
 
 
 def _root_cause(error: BaseException) -> str:
@@ -197,7 +200,7 @@ def trained_weights(source: Path) -> dict[str, Tensor]:
         for key, entry in stored.items()
         if key.startswith("model.")
     }
-    dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(source)), no_dist=True)
+    dcp.load(weights, storage_reader=reader, no_dist=True)
     return {key.removeprefix("model."): value for key, value in weights.items()}
 
 

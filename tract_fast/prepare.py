@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ class Prepared:
     held_out: list[Encoded]
     left_out: list[dict[str, str]] = field(default_factory=list)
 
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the training examples in order, to tell whether a resumed run sees the same data."""
         digest = hashlib.sha256()
         for e in self.train:
-            digest.update(json.dumps([e.id, [int(t) for t in e.ids], e.score, e.weight]).encode())
+            digest.update(json.dumps([e.id, len(e.ids), e.score, e.weight]).encode())
+            digest.update(e.ids.tobytes())
         return digest.hexdigest()[:16]
 
     def write_left_out(self, path: Path) -> None:

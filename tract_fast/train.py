@@ -123,7 +123,7 @@ def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
     if start is None:
         return 0
     progress = checkpoint.load(start, job.model, job.optimizer)
-    if progress.fingerprint != job.data.fingerprint():
+    if progress.fingerprint != job.data.fingerprint:
         raise UserError(
             f"data.train = {job.recipe.data.train} is not what {start} was trained on: choose another run.dir"
         )
@@ -200,7 +200,7 @@ def loop(job: Job, done: int) -> int:
 
 def save(job: Job, step: int, out: log.RunLog) -> None:
     """Write the checkpoint of ``step``; a disk that is full stops the run with what was saved before it whole."""
-    progress = Progress(step=step, fingerprint=job.data.fingerprint())
+    progress = Progress(step=step, fingerprint=job.data.fingerprint)
     try:
         path = checkpoint.save(job.run_dir, job.model, job.optimizer, progress, job.recipe.checkpoint.keep_last)
     except OSError as error:
