@@ -184,12 +184,21 @@ def test_a_disk_that_is_really_full(tmp_path):
         (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe))
         command = [sys.executable, "-m", "tract_fast", "train", str(tmp_path / "recipe.yaml")]
         subprocess.run([*command, "--train.max_steps", "2"], check=True, capture_output=True)
+        longer = [*command, "--train.max_steps", "2000", "--checkpoint.every", "1000"]
+        process = subprocess.Popen(longer, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        lines = small / "run" / "metrics.jsonl"
+        while lines.read_text().count("\n") < 8:  # it is past the check of free space and training
+            assert process.poll() is None
+            time.sleep(0.05)
         filler = small / "filler"
         filler.write_bytes(b"x" * (shutil.disk_usage(small).free - 60_000))
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        _, told = process.communicate(timeout=120)
+        assert process.returncode == 1 and "Traceback" not in told, told
+        assert len(told.strip().splitlines()) == 1 and "No space left" in told, told
+        print(told)
         assert checkpoint.latest(small / "run").name == "step_000002"
+        done = subprocess.run(command, capture_output=True, text=True)  # refused at the start, before any step
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
         filler.unlink()
         subprocess.run(command, check=True, capture_output=True)
         assert checkpoint.latest(small / "run").name == "step_000006"

@@ -205,3 +205,17 @@ def test_tensorboard(tmp_path):
         (line["step"], pytest.approx(line["loss"], rel=1e-5)) for line in steps
     ]
     assert [e.step for e in events.Scalars("eval/rmse")] == [0, 2]
+
+
+def test_two_ranks_train_as_one(tmp_path):
+    """The same run on two gloo processes: 6 steps, an uneven batch, a tied head, evaluations, a sharded checkpoint."""
+    train.run(tiny_recipe(tmp_path, "one", family="llama_tied", train__batch=5))
+    (tmp_path / "two.yaml").write_text(recipes.dump(tiny_recipe(tmp_path, "two", "llama_tied", train__batch=5)))
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tract_fast", "train"]
+    done = subprocess.run([sys.executable, *command, str(tmp_path / "two.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert one.get("eval", one) == pytest.approx(two.get("eval", two), rel=1e-4)
+    stored = checkpoint.trained_weights(checkpoint.latest(tmp_path / "two"))
+    for name, value in checkpoint.trained_weights(checkpoint.latest(tmp_path / "one")).items():
+        torch.testing.assert_close(stored[name], value, rtol=1e-4, atol=1e-5, msg=name)

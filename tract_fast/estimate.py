@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from tract_fast import optim, recipe as recipes, train
+from tract_fast import optim, recipe as recipes
 from tract_fast.data import batch as batches, prompt
 from tract_fast.data.prompt import Encoded
 from tract_fast.model import DTYPES, add_lora
@@ -39,14 +39,20 @@ class StepPlan:
 def plan(recipe: Recipe, examples: list[Encoded], world: int = 1) -> StepPlan:
     """Pack the first steps as training would."""
     settings = recipe.train
-    steps = train.total_steps(recipe, len(examples))
+    steps = batches.total_steps(
+        len(examples), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
+    )
     micro, tokens, rows, counts = [], [], [], []
     for step in range(min(steps, PLANNED_STEPS)):
-        chosen = batches.step_indices(
-            len(examples), batch=settings.batch, seed=settings.seed, step=step, shuffle=settings.shuffle
+        members, packed = batches.plan_step(
+            examples,
+            batch=settings.batch,
+            max_tokens=settings.max_tokens,
+            seed=settings.seed,
+            step=step,
+            shuffle=settings.shuffle,
+            world=world,
         )
-        members = [examples[i] for i in chosen]
-        packed = batches.pack([len(e.ids) for e in members], max_tokens=settings.max_tokens, world=world)
         groups = [[members[i] for i in group] for rank in packed for group in rank if group]
         micro.append(len(groups))
         tokens += [sum(len(e.ids) for e in g) for g in groups]

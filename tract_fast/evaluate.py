@@ -37,7 +37,8 @@ def teacher_forced(model: TractModel, examples: Sequence[Encoded], recipe: Recip
     """Metrics on given rationales: the expected score after each, against that example's own score.
 
     Returns pearson, spearman, rmse, mae, ce (mean over tokens, natural log), score_mass (mean vocabulary probability
-    on the score tokens) and n. Every rank must call it; the micro-batches are the same for any number of steps.
+    on the score tokens) and n; None where a value is undefined or not finite. Every rank must call it; the
+    micro-batches are the same at every step.
     """
     score_ce = recipe.loss.score_ce
     norm = batches.normalizer(examples, ce_weight=1.0, regression_weight=1.0, score_ce=score_ce, ce_reduction="token")
@@ -60,8 +61,9 @@ def teacher_forced(model: TractModel, examples: Sequence[Encoded], recipe: Recip
 def _metrics(found: Tensor, ce_sum: float, examples: Sequence[Encoded], score_ce: bool) -> dict:
     expected, mass = found.T.numpy()
     tokens = sum(batches.ce_tokens(e, score_ce) for e in examples)
-    return agreement(expected, np.array([e.score for e in examples])) | {
+    metrics = agreement(expected, np.array([e.score for e in examples])) | {
         "ce": ce_sum / tokens,
         "score_mass": float(mass.mean()),
         "n": len(examples),
     }
+    return {key: value if value is not None and math.isfinite(value) else None for key, value in metrics.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -32,41 +34,45 @@ def keep_until(path: Path, step: int) -> None:
     replace_file(path, "".join(kept))
 
 
-def tracker_writers(names: tuple[str, ...], run_dir: Path, recipe: dict) -> list:
-    """One function (step, {name: value}) -> None per tracker. Raises UserError where one is not installed."""
-    return [_open_tracker(name, run_dir, recipe) for name in names]
+class Tracker(NamedTuple):
+    """A place outside the run's folder that metrics go to as well."""
+
+    write: Callable[[int, dict[str, float]], None]  # (step, {name: value})
+    close: Callable[[], None]
 
 
-def _open_tracker(name: str, run_dir: Path, recipe: dict):
+def open_tracker(name: str, run_dir: Path, recipe: dict, done: int) -> Tracker:
+    """Open one of ``train.trackers`` for a run that has ``done`` steps. Raises UserError where it is not installed."""
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(str(run_dir / "tensorboard"))
+            # what a killed run wrote after the checkpoint is written again
+            writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
 
             def write(step: int, values: dict[str, float]) -> None:
                 for key, value in values.items():
                     writer.add_scalar(key, value, step)
                 writer.flush()
 
-            return write
-        import importlib
-
+            return Tracker(write, writer.close)
         tracker = importlib.import_module(name)  # wandb, and trackio, which has its calls
     except ImportError as error:
         raise UserError(
             f"train.trackers names {name}, which is not installed: pip install 'tract-fast[track]'"
         ) from error
     tracker.init(project="tract-fast", name=run_dir.name, config=recipe)
-    return lambda step, values: tracker.log(values, step=step)
+    return Tracker(lambda step, values: tracker.log(values, step=step), tracker.finish)
 
 
 class RunLog:
     """The one place a run writes to. Only the main rank makes one that is ``loud``; the others write nothing."""
 
-    def __init__(self, run_dir: Path, *, total: int, done: int, device: torch.device, writers: list, loud: bool):
+    def __init__(
+        self, run_dir: Path, *, total: int, done: int, device: torch.device, trackers: list[Tracker], loud: bool
+    ):
         self.console = Console(quiet=not loud, highlight=False, soft_wrap=True)
-        self.total, self.device, self.writers = total, device, writers
+        self.total, self.device, self.trackers = total, device, trackers
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the time left
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if loud else None
         self.bar = None
@@ -87,6 +93,8 @@ class RunLog:
     def __exit__(self, *exc) -> None:
         if self.bar:
             self.bar.stop()
+        for tracker in self.trackers:
+            tracker.close()
         if self.file:
             self.file.close()
 
@@ -122,5 +130,5 @@ class RunLog:
         self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
         finite = {k: v for k, v in flat.items() if v is not None and math.isfinite(v)}
-        for write in self.writers:
-            write(record["step"], finite)
+        for tracker in self.trackers:
+            tracker.write(record["step"], finite)

@@ -7,7 +7,6 @@ checkpointing -> compile; sharding follows in ``shard.py``. What cannot work is 
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 
 import torch
@@ -103,7 +102,6 @@ def quiet() -> None:
     """Keep transformers' progress bars and notices out of the run's output; what matters is checked here."""
     from transformers.utils import logging
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers would warn at every step
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

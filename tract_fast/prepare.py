@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tract_fast.data import feedback, prompt
+from tract_fast.data import batch as batches, feedback, prompt
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.scores import ScoreScale, find_scale
 from tract_fast.errors import UserError
@@ -118,11 +118,7 @@ def _check_lengths(recipe: Recipe, config, examples: list[Encoded]) -> None:
         raise UserError(
             f"the longest example has {longest} tokens, the model's context is {context}: lower data.max_len"
         )
-    if longest > recipe.train.max_tokens:
-        raise UserError(
-            f"train.max_tokens = {recipe.train.max_tokens} is less than the longest example ({longest} tokens): "
-            f"raise train.max_tokens to {longest} or lower data.max_len"
-        )
+    batches.check_fits([longest], recipe.train.max_tokens)
 
 
 def _tokens(tokenizer, ids) -> str:

@@ -65,8 +65,12 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
         estimate.show(recipe, prepare(recipe, say))
         return 0
     start = resume_point(recipe)
+    try:
+        Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run.dir = {recipe.run.dir} cannot be made: {error.strerror}; choose another") from error
     with shard.start_ranks() as ranks:
-        say(f"device: {ranks.device}, {ranks.world} ranks, {torch.get_num_threads()} threads")
+        say(f"device: {ranks.device}, rank {ranks.rank} of {ranks.world}, {torch.get_num_threads()} threads")
         if recipe.model.dtype == "bfloat16" and ranks.device.type == "cpu" and "AVX512" not in cpu_capability():
             say(f"warning: model.dtype = bfloat16 is slow here ({cpu_capability()}, no 16-bit products): try float32")
         data = prepare(recipe, say)
@@ -89,16 +93,11 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
         "masters float32"
     )
     built.train()
-    return Job(
-        recipe, ranks, data, built, optim.adamw(trained.values(), recipe.train), total_steps(recipe, len(data.train))
+    settings = recipe.train
+    total = batches.total_steps(
+        len(data.train), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
     )
-
-
-def total_steps(recipe: Recipe, n: int) -> int:
-    """Optimizer steps of the run: ``train.max_steps`` if given (over as many epochs as it takes), else the epochs'."""
-    if recipe.train.max_steps is not None:
-        return recipe.train.max_steps
-    return recipe.train.epochs * batches.steps_per_epoch(n, recipe.train.batch)
+    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total)
 
 
 def resume_point(recipe: Recipe) -> Path | None:
@@ -133,7 +132,6 @@ def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
 
 def open_run_dir(job: Job, done: int) -> None:
     """Write the resolved recipe and what was left out; check that the disk can hold the checkpoints."""
-    job.run_dir.mkdir(parents=True, exist_ok=True)
     checkpoint.replace_file(job.run_dir / "recipe.yaml", recipes.dump(job.recipe))
     job.data.write_left_out(job.run_dir / "left_out.jsonl")
     log.keep_until(job.run_dir / "metrics.jsonl", done if done else -1)
@@ -164,16 +162,19 @@ class StopSignal:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        # not print: a handler may interrupt one
+        os.write(2, b"stopping after the next step, with a checkpoint; Ctrl-C twice ends at once\n")
 
 
 def loop(job: Job, done: int) -> int:
     """Steps ``done`` to the end, with evaluations and checkpoints on the way; returns the exit code."""
     recipe, ranks = job.recipe, job.ranks
-    writers = log.tracker_writers(recipe.train.trackers, job.run_dir, recipes.as_dict(recipe)) if ranks.is_main else []
+    names = recipe.train.trackers if ranks.is_main else ()
+    trackers = [log.open_tracker(name, job.run_dir, recipes.as_dict(recipe), done) for name in names]
     with (
         StopSignal() as stop,
         log.RunLog(
-            job.run_dir, total=job.total, done=done, device=ranks.device, writers=writers, loud=ranks.is_main
+            job.run_dir, total=job.total, done=done, device=ranks.device, trackers=trackers, loud=ranks.is_main
         ) as out,
     ):
         if done >= job.total:
@@ -261,11 +262,15 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
 def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batches.Normalizer]:
     """The step's examples (of all ranks), this rank's micro-batches as indices into them, and the global counts."""
     train, loss = job.recipe.train, job.recipe.loss
-    chosen = batches.step_indices(
-        len(job.data.train), batch=train.batch, seed=train.seed, step=step, shuffle=train.shuffle
+    examples, packed = batches.plan_step(
+        job.data.train,
+        batch=train.batch,
+        max_tokens=train.max_tokens,
+        seed=train.seed,
+        step=step,
+        shuffle=train.shuffle,
+        world=job.ranks.world,
     )
-    examples = [job.data.train[i] for i in chosen]
-    packed = batches.pack([len(e.ids) for e in examples], max_tokens=train.max_tokens, world=job.ranks.world)
     norm = batches.normalizer(
         examples,
         ce_weight=loss.ce_weight,

@@ -10,6 +10,7 @@ Shapes: T tokens of a micro-batch, S its sequences (documents), N its rows (posi
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -67,11 +68,25 @@ def steps_per_epoch(n: int, batch: int) -> int:
     return math.ceil(n / batch)
 
 
+def total_steps(n: int, *, batch: int, epochs: int, max_steps: int | None) -> int:
+    """Optimizer steps of a run: ``max_steps`` if given (over as many epochs as it takes), else those of ``epochs``."""
+    return epochs * steps_per_epoch(n, batch) if max_steps is None else max_steps
+
+
 def step_indices(n: int, *, batch: int, seed: int, step: int, shuffle: bool) -> np.ndarray:
     """Indices of the sequences of optimizer step ``step`` (0-based, counted over all epochs), int64."""
     epoch, position = divmod(step, steps_per_epoch(n, batch))
     order = np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
     return order[position * batch : (position + 1) * batch]
+
+
+def check_fits(lengths: Sequence[int], max_tokens: int) -> None:
+    """Raise UserError when a sequence is longer than a micro-batch may be: none is ever cut."""
+    if lengths and max(lengths) > max_tokens:
+        raise UserError(
+            f"train.max_tokens = {max_tokens} is less than the longest example ({max(lengths)} tokens): "
+            f"raise train.max_tokens to {max(lengths)} or lower data.max_len"
+        )
 
 
 def pack(lengths: Sequence[int], *, max_tokens: int, world: int) -> list[list[list[int]]]:
@@ -82,22 +97,18 @@ def pack(lengths: Sequence[int], *, max_tokens: int, world: int) -> list[list[li
     Micro-batches are dealt to ranks in turn; with fewer sequences than ranks some are empty.
     Raises UserError when a sequence is longer than ``max_tokens``.
     """
-    if lengths and max(lengths) > max_tokens:
-        raise UserError(
-            f"train.max_tokens = {max_tokens} is less than the longest example ({max(lengths)} tokens): "
-            f"raise train.max_tokens to {max(lengths)} or lower data.max_len"
-        )
+    check_fits(lengths, max_tokens)
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     per_rank = max(1, math.ceil(sum(lengths) / max_tokens / world))
     while True:
         bins: list[list[int]] = [[] for _ in range(per_rank * world)]
-        used = [0] * len(bins)
+        emptiest_first = [(0, number) for number in range(len(bins))]  # a heap of (tokens, number)
         for i in longest_first:
-            emptiest = min(range(len(bins)), key=used.__getitem__)
-            if used[emptiest] + lengths[i] > max_tokens:
+            used, number = emptiest_first[0]
+            if used + lengths[i] > max_tokens:
                 break
-            bins[emptiest].append(i)
-            used[emptiest] += lengths[i]
+            bins[number].append(i)
+            heapq.heapreplace(emptiest_first, (used + lengths[i], number))
         else:
             return [[sorted(b) for b in bins[rank::world]] for rank in range(world)]
         per_rank += 1
@@ -119,6 +130,14 @@ def normalizer(
 def ce_tokens(example: Encoded, score_ce: bool) -> int:
     """Tokens of the example that carry cross-entropy."""
     return len(example.ids) - example.prompt_len - (0 if score_ce else 1)
+
+
+def plan_step(
+    examples: Sequence[Encoded], *, batch: int, max_tokens: int, seed: int, step: int, shuffle: bool, world: int
+) -> tuple[list[Encoded], list[list[list[int]]]]:
+    """The sequences of one optimizer step and, per rank, its micro-batches as indices into them (see ``pack``)."""
+    chosen = [examples[i] for i in step_indices(len(examples), batch=batch, seed=seed, step=step, shuffle=shuffle)]
+    return chosen, pack([len(e.ids) for e in chosen], max_tokens=max_tokens, world=world)
 
 
 def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool, pad_id: int = 0) -> Batch:
