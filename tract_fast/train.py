@@ -131,10 +131,7 @@ def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
 
 
 def open_run_dir(job: Job, done: int) -> None:
-    """Write the resolved recipe and what was left out; check that the disk can hold the checkpoints."""
-    checkpoint.replace_file(job.run_dir / "recipe.yaml", recipes.dump(job.recipe))
-    job.data.write_left_out(job.run_dir / "left_out.jsonl")
-    log.keep_until(job.run_dir / "metrics.jsonl", done if done else -1)
+    """Check that the disk can hold the checkpoints, then write the resolved recipe and what was left out."""
     needed = 3 * sum(p.numel() * p.element_size() for p in job.model.trainable().values())
     free = shutil.disk_usage(job.run_dir).free
     if free < 2 * needed:
@@ -142,6 +139,9 @@ def open_run_dir(job: Job, done: int) -> None:
             f"run.dir = {job.run_dir} has {free / 2**20:.0f} MiB free and two checkpoints take "
             f"{2 * needed / 2**20:.0f} MiB: free some space or choose another run.dir"
         )
+    checkpoint.replace_file(job.run_dir / "recipe.yaml", recipes.dump(job.recipe))
+    job.data.write_left_out(job.run_dir / "left_out.jsonl")
+    log.keep_until(job.run_dir / "metrics.jsonl", done if done else -1)
 
 
 class StopSignal:
