@@ -30,6 +30,7 @@ setup(
         "safetensors>=0.5",
         "gguf>=0.17",
         "pyyaml>=6.0",
+        "jinja2>=3.1",
     ],
     extras_require={
         "gpu": ["liger-kernel>=0.8.2"],

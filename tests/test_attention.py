@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from tests.tiny_models import FAMILIES, tiny_lm
 from tract_fast import attention
-from tract_fast.attention import DOCUMENTS, VARLEN, document_attention, resolve_attention
+from tract_fast.attention import DOCUMENTS, VARLEN, document_attention, resolve_attention, varlen_attention
 from tract_fast.errors import UserError
 from tract_fast.model import bare_batch, hidden_states, logit_transform, self_check
 
@@ -24,7 +24,7 @@ def test_packed_equals_alone(family):
     lm.set_attn_implementation(DOCUMENTS)
     packed = hidden_states(lm.get_decoder(), bare_batch(documents))
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
-    line = self_check(lm, DOCUMENTS, *logit_transform(lm.config))
+    line = self_check(lm, torch.float32, DOCUMENTS, *logit_transform(lm.config))
     assert "packed = each alone" in line
 
 
@@ -60,19 +60,40 @@ def test_self_check_finds_a_leak():
 
     AttentionInterface.register("test_leaks", one_document)
     with pytest.raises(UserError, match=r"packing check.*cannot be trained packed with attention test_leaks"):
-        self_check(lm, "test_leaks", None, 1.0)
+        self_check(lm, torch.float32, "test_leaks", None, 1.0)
 
 
 def test_self_check_finds_an_unknown_head():
     """A logit scale or soft-cap that is not accounted for is a different model."""
     attention.register()
     with pytest.raises(UserError, match="packing check"):
-        self_check(tiny_lm("cohere"), DOCUMENTS, None, 1.0)
+        self_check(tiny_lm("cohere"), torch.float32, DOCUMENTS, None, 1.0)
     with pytest.raises(UserError, match="packing check"):
-        self_check(tiny_lm("gemma2"), DOCUMENTS, None, 1.0)
+        self_check(tiny_lm("gemma2"), torch.float32, DOCUMENTS, None, 1.0)
 
 
-@settings(max_examples=40, deadline=None)
+def plain_varlen(has_gqa):
+    """What ``torch.nn.attention.varlen.varlen_attn`` promises, one document after another; it runs on CUDA only."""
+
+    def attend(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+        assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max())
+        assert window_size[1] == 0, "causal"
+        assert enable_gqa is (has_gqa and q.shape[1] != k.shape[1]) and (has_gqa or q.shape[1] == k.shape[1])
+        out = []
+        for qq, kk, vv in zip(
+            q.split(cu_q.diff().tolist()), k.split(cu_k.diff().tolist()), v.split(cu_k.diff().tolist())
+        ):
+            kk, vv = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (kk, vv))
+            back = (torch.arange(len(qq)) + len(kk) - len(qq))[:, None] - torch.arange(len(kk))
+            visible = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+            z = (torch.einsum("qhd,khd->hqk", qq, kk) * scale).masked_fill(~visible, float("-inf"))
+            out.append(torch.einsum("hqk,khd->qhd", z.softmax(-1), vv))
+        return torch.cat(out)
+
+    return lambda: (attend, has_gqa)
+
+
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 6)), min_size=1, max_size=4),
     heads=st.sampled_from([(4, 4), (4, 2), (4, 1)]),
@@ -80,28 +101,28 @@ def test_self_check_finds_an_unknown_head():
     cap=st.sampled_from([None, 1.5]),
     seed=st.integers(0, 99),
 )
-def test_document_attention_formula(lengths, heads, window, cap, seed):
-    """Outputs and gradients against the definition in float64, also where queries are fewer than keys."""
+@pytest.mark.parametrize("kernel", ["documents", "varlen", "varlen of torch 2.11"])
+def test_attention_formula(kernel, lengths, heads, window, cap, seed):
+    """Outputs and gradients against the definition in float64, also where queries are fewer than keys.
+
+    ``varlen_attention`` is run with a stand-in for the CUDA kernel: its layout, window and heads are what is tested.
+    """
+    attend, cap = (document_attention, cap) if kernel == "documents" else (varlen_attention, None)
     torch.manual_seed(seed)
     n_q = [q for q, _ in lengths]
     n_k = [q + more for q, more in lengths]
     q = torch.randn(1, heads[0], sum(n_q), 8, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(1, heads[1], sum(n_k), 8, dtype=torch.float64, requires_grad=True) for _ in "kv")
     cumulative = lambda ns: torch.tensor([0, *ns]).cumsum(0).int()  # noqa: E731
-    out, _ = document_attention(
-        None,
-        q,
-        k,
-        v,
-        None,
-        cu_seq_lens_q=cumulative(n_q),
-        cu_seq_lens_k=cumulative(n_k),
-        max_length_q=max(n_q),
-        max_length_k=max(n_k),
-        scaling=0.3,
-        sliding_window=window,
-        softcap=cap,
-    )
+    lengths = {
+        "cu_seq_lens_q": cumulative(n_q),
+        "cu_seq_lens_k": cumulative(n_k),
+        "max_length_q": max(n_q),
+        "max_length_k": max(n_k),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_varlen", plain_varlen(kernel == "varlen"))
+        out, _ = attend(None, q, k, v, None, **lengths, scaling=0.3, sliding_window=window, softcap=cap)
     expected = []
     for i, (a, b) in enumerate(zip(n_q, n_k, strict=True)):
         rows, cols = slice(sum(n_q[:i]), sum(n_q[: i + 1])), slice(sum(n_k[:i]), sum(n_k[: i + 1]))
@@ -130,6 +151,7 @@ def test_resolve_attention():
         DOCUMENTS,
         "one attention call per document (varlen_attn computes in 16 bits only and model.dtype is float32)",
     )
+    assert resolve_attention("auto", CUDA, f32, True)[0] == DOCUMENTS
     assert resolve_attention("sdpa", CUDA, bf16, False)[0] == DOCUMENTS
     assert resolve_attention("flash_attention_2", CUDA, bf16, True)[0] == "flash_attention_2"
     for setting, device, dtype, cap, what in [
@@ -138,6 +160,7 @@ def test_resolve_attention():
         ("varlen", CUDA, bf16, True, "no cap"),
         ("auto", CUDA, bf16, True, "flash_attention_2"),
         ("flash_attention_2", CPU, bf16, False, "needs a CUDA device"),
+        ("flash_attention_2", CUDA, f32, False, "16 bits only"),
     ]:
         with pytest.raises(UserError, match=what):
             resolve_attention(setting, device, dtype, cap)

@@ -74,6 +74,36 @@ def test_retention_after_a_kill_before_the_pointer(tmp_path):
     assert checkpoint.latest(tmp_path / "run").name == "step_000003"
 
 
+def test_what_is_not_a_checkpoint_stays(tmp_path):
+    """A copy that its user made is neither counted nor deleted."""
+    folder = checkpoint.folder(tmp_path / "run")
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=2)) == 0
+    shutil.copytree(folder / "step_000002", folder / "step_000002_good")
+    assert train.run(tiny_recipe(tmp_path, checkpoint__keep_last=1, train__max_steps=3)) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_000002_good", "step_000003"]
+
+
+def test_a_damaged_checkpoint(tmp_path):
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=2)) == 0
+    (file,) = checkpoint.latest(tmp_path / "run").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    for use in (
+        lambda: train.run(tiny_recipe(tmp_path, train__max_steps=3)),
+        lambda: checkpoint.export(tmp_path / "run"),
+    ):
+        with pytest.raises(UserError, match=r"step_000002 is damaged \(.*write the name of an earlier checkpoint into"):
+            use()
+
+
+def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        train.run(tiny_recipe(tmp_path, train__max_steps=1))
+
+
 def test_pointer_to_nothing(tmp_path):
     folder = checkpoint.folder(tmp_path)
     folder.mkdir()

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -110,9 +111,6 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch, capsys, argv, message)
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["train"], "RECIPE"),
-        (["train", "a.yaml", "b.yaml"], "b.yaml"),
-        (["export"], "RUN_DIR"),
         (["export", "r", "--step", "x"], "--step"),
         (["export", "r", "--otu", "x"], "--out"),
     ],
@@ -122,6 +120,40 @@ def test_what_the_parser_refuses(capsys, argv, words):
         main(argv)
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["train"], "train needs a recipe: tract-fast train RECIPE.yaml"),
+        (["train", "--train.lr", "1e-3"], "train needs a recipe"),
+        (["train", "a.yaml", "--dry-run", "b.yaml"], "b.yaml: one word too many for train"),
+        (["export"], "export needs a run: tract-fast export RUN_DIR"),
+        (["export", "r", "--step", "3", "more"], "more: one word too many for export"),
+        (["demo", "here"], "here: one word too many for demo"),
+    ],
+)
+def test_words_that_lack_or_are_too_many(capsys, argv, words):
+    assert main(argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {words}")
+
+
+def test_a_place_that_cannot_be_written(tmp_path, capsys):
+    """One sentence before a model is loaded, not a traceback after."""
+    assert train_run(tmp_path / "run") == 0
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert main(["export", str(tmp_path / "run"), "--out", str(file)]) == 2
+    assert f"error: --out = {file} cannot be written" in capsys.readouterr().err
+    assert train_run(file / "run") == 2
+    assert f"error: run.dir = {file / 'run'} cannot be written" in capsys.readouterr().err
+
+
+def train_run(run_dir):
+    recipe = tiny_recipe(run_dir.parent if run_dir.parent.is_dir() else run_dir.parent.parent, train__max_steps=1)
+    path = Path(recipe.data.train).parent / "r.yaml"
+    path.write_text(recipes.dump(recipe))
+    return main(["train", str(path), "--run.dir", str(run_dir)])
 
 
 def test_override_may_stand_before_the_recipe(tmp_path, capsys):

@@ -2,15 +2,17 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import FAMILIES, tiny_lm
 from tests.tiny_runs import save_model, tiny_recipe
-from tract_fast import model
+from tract_fast import attention, model
 from tract_fast.data.batch import collate, normalizer
 from tract_fast.errors import UserError
 from tract_fast.head import TractHead
@@ -143,6 +145,31 @@ def test_missing_weights(tmp_path):
         model.load_lm(Model(path=str(folder)), dtype=torch.float32, attention_name="sdpa")
 
 
+def test_weights_cut_short(tmp_path):
+    folder = save_model(tmp_path / "m")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="the model cannot be loaded"):
+        model.load_lm(Model(path=str(folder)), dtype=torch.float32, attention_name="eager")
+
+
+def test_the_packing_check_computes_as_training_will(tmp_path, monkeypatch):
+    """Full fine-tuning in bfloat16 has float32 masters, and kernels that take 16 bits only must not meet them."""
+    seen = set()
+    plain = attention.document_attention
+
+    def recording(module, query, *rest, **kwargs):
+        seen.add(query.dtype)
+        return plain(module, query, *rest, **kwargs)
+
+    monkeypatch.setattr(attention, "document_attention", recording)
+    made, *_ = built(tiny_recipe(tmp_path, model__dtype="bfloat16"))
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    exact = load_file(Path(tiny_recipe(tmp_path).model.path) / "model.safetensors")
+    assert torch.equal(made.head.weight.data, exact["lm_head.weight"])
+
+
 def test_vocabulary_that_does_not_match(tmp_path):
     lm = tiny_lm(vocabulary=100)
     with pytest.raises(UserError, match=r"the tokenizer has .* tokens and the model 100"):
@@ -162,9 +189,11 @@ def test_head_that_is_not_linear():
         ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
         ({"attention_chunk_size": 128}, "attends in chunks"),
+        ({"attention_dropout": 0.1}, "attention_dropout is 0.1"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is quantised"),
     ],
 )
-def test_layers_that_packing_breaks(tmp_path, change, what):
+def test_configurations_that_cannot_train(tmp_path, change, what):
     folder = save_model(tmp_path / "m", "qwen3")
     config = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps(config))
@@ -176,8 +205,6 @@ def test_attention_sinks_are_refused():
     """gpt-oss adds a learnt sink to every softmax; packed attention would leave it out in silence."""
     from transformers import GptOssConfig
 
-    from tract_fast import attention
-
     config = GptOssConfig(
         vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=128,
@@ -185,7 +212,7 @@ def test_attention_sinks_are_refused():
     attention.register()
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(UserError, match="s_aux"):
-        model.self_check(lm, attention.DOCUMENTS, None, 1.0)
+        model.self_check(lm, torch.float32, attention.DOCUMENTS, None, 1.0)
 
 
 def test_compiled_blocks_give_the_same_loss(tmp_path):

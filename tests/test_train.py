@@ -104,6 +104,32 @@ def test_resume_is_bitwise(tmp_path, settings):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "half")
 
 
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_a_checkpoint_after_an_evaluation_is_exact(tmp_path, family):
+    """An evaluation leaves the head gathered in bfloat16; what is saved must be the float32 masters and their state."""
+    settings = {"model__dtype": "bfloat16", "train__schedule": "constant", "train__warmup": 0.0, "train__eval_every": 3}
+    assert train.run(tiny_recipe(tmp_path, "whole", family, **settings)) == 0
+    assert train.run(tiny_recipe(tmp_path, "half", family, train__max_steps=3, **settings)) == 0
+    assert {w.dtype for w in weights(tmp_path / "half", 3).values()} == {torch.float32}
+    assert train.run(tiny_recipe(tmp_path, "half", family, **settings)) == 0
+    whole, halves = weights(tmp_path / "whole", 6), weights(tmp_path / "half", 6)
+    assert all(torch.equal(value, halves[name]) for name, value in whole.items())
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "half")
+
+
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_stop_does_not_lose_an_evaluation(tmp_path, step):
+    """A stop in a step that an evaluation follows, also the last one, leaves it to the next start."""
+    recipe = tiny_recipe(tmp_path, train__eval_every=2)
+    stop_after(recipe, step)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval" in line] == list(range(0, step, 2))
+    assert train.run(recipe) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval" in line] == [0, 2, 4, 6]
+    before = metrics(tmp_path / "run")
+    assert train.run(recipe) == 0
+    assert metrics(tmp_path / "run") == before, "nothing to do"
+
+
 def stop_after(recipe, step):
     """Run until ``step`` steps are done, then as a SIGTERM would end it."""
     taken = train.train_step
@@ -166,9 +192,15 @@ def test_resume_refuses_another_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["full", "2", "selective"])
-def test_activation_checkpointing_is_exact(tmp_path, setting):
+def test_activation_checkpointing_is_exact(tmp_path, monkeypatch, setting):
+    calls = []
+    silu = torch.nn.functional.silu
+    monkeypatch.setattr(torch.nn.functional, "silu", lambda x, **k: calls.append(1) or silu(x, **k))
     _, plain, *_ = gradients(tiny_recipe(tmp_path, lora__rank=4))
+    once = len(calls)
+    calls.clear()
     _, found, *_ = gradients(tiny_recipe(tmp_path, lora__rank=4, train__activation_checkpointing=setting))
+    assert len(calls) > once, "nothing was computed again"
     for name, grad in plain.items():
         assert torch.equal(grad, found[name]), name
 

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tract_fast.errors import UserError
 
 VARLEN, DOCUMENTS = "tract_varlen", "tract_documents"
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of varlen_attn and flash-attn
 
 
 def resolve_attention(setting: str, device: torch.device, dtype: torch.dtype, softcap: bool) -> tuple[str, str]:
@@ -35,11 +36,13 @@ def resolve_attention(setting: str, device: torch.device, dtype: torch.dtype, so
     if setting.startswith("flash_attention"):
         if device.type != "cuda":
             raise UserError(f"model.attention = {setting} needs a CUDA device and this is {device.type}: write auto")
+        if dtype not in KERNEL_DTYPES:
+            raise UserError(f"model.attention = {setting} computes in 16 bits only: write model.dtype bfloat16 or auto")
         return setting, "asked for"
     obstacle = None
     if device.type != "cuda":
         obstacle = f"varlen_attn runs on CUDA only and this is {device.type}"
-    elif dtype not in (torch.bfloat16, torch.float16):
+    elif dtype not in KERNEL_DTYPES:
         obstacle = f"varlen_attn computes in 16 bits only and model.dtype is {dtype}".replace("torch.", "")
     elif softcap:
         obstacle = "varlen_attn has no cap on attention logits"
@@ -47,7 +50,7 @@ def resolve_attention(setting: str, device: torch.device, dtype: torch.dtype, so
         return VARLEN, "varlen_attn: one kernel call for all documents"
     if setting == "varlen":
         raise UserError(f"model.attention = varlen: {obstacle}: write auto")
-    if softcap and device.type == "cuda":
+    if softcap and device.type == "cuda" and dtype in KERNEL_DTYPES:
         raise UserError(
             "model.attention = auto: this model caps its attention logits, which varlen_attn does not compute: install "
             "flash-attn and write flash_attention_2"
@@ -154,6 +157,6 @@ def _refuse(attention_mask: Tensor | None, unused: dict) -> None:
         raise UserError(
             f"attention dropout {unused['dropout']} is not supported: set attention_dropout to 0 in the config"
         )
-    for name in ("s_aux", "position_bias", "indices_to_mask"):
+    for name in ("s_aux", "position_bias", "indices"):
         if unused.get(name) is not None:
             raise UserError(f"this model's attention needs '{name}', which packed attention does not compute")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -59,6 +61,21 @@ def latest(run_dir: Path) -> Path | None:
     return path
 
 
+def make_folder(path: Path, setting: str) -> None:
+    """Make ``path`` and try to write into it. Raises UserError, naming the setting, before work is lost."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise UserError(f"{setting} = {path} cannot be written: {error.strerror}; choose another") from error
+
+
+def written(checkpoints: Path) -> list[Path]:
+    """The checkpoints in their folder; what does not have exactly such a name is the user's."""
+    return [p for p in checkpoints.iterdir() if re.fullmatch(r"step_\d{6,}", p.name)] if checkpoints.is_dir() else []
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write ``text`` to ``path`` so that a reader sees the old file or the new one, whole and on disk."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -86,10 +103,14 @@ def _sync(path: Path) -> None:
 def training_state(model: TractModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Trained parameters and their AdamW state as one flat dictionary; state that does not exist yet is made of zeros.
 
-    The tensors are the live ones: loading into them restores the run.
+    The tensors are the live ones: loading into them restores the run. Raises RuntimeError where a parameter is not the
+    optimizer's own: one that FSDP has gathered is a copy of it in another dtype.
     """
     flat: dict[str, Tensor] = {}
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.trainable().items():
+        if id(p) not in owned:
+            raise RuntimeError(f"{name} is gathered: reshard the model before its state is read")
         state = optimizer.state[p]
         if not state:
             zero = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -118,9 +139,12 @@ def save(
         dcp.save(training_state(model, optimizer), storage_writer=writer)
         if is_main:
             _commit(partial, final, progress, keep_last)
-    except (OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException of the library's
+    except (OSError, SafetensorError, CheckpointException) as error:  # the last is a BaseException of the library's
         shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"checkpoint of step {progress.step} could not be written: {_root_cause(error)}") from error
+        cause = _root_cause(error)
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        raise OSError(f"checkpoint of step {progress.step} could not be written: {_one_line(cause)}") from error
     dist.barrier()
     return final
 
@@ -135,27 +159,43 @@ def _commit(partial: Path, final: Path, progress: Progress, keep_last: int) -> N
     os.rename(partial, final)
     _sync(final.parent)
     replace_file(final.parent / "latest", final.name + "\n")
-    complete = {int(p.name.removeprefix("step_")): p for p in final.parent.glob("step_*") if p.suffix != ".tmp"}
+    complete = {int(p.name.removeprefix("step_")): p for p in written(final.parent)}
     # a later step is what a kill left between its rename and its pointer: this run will write it again
     kept = sorted(step for step in complete if step <= progress.step)[-keep_last:]
     for step in complete.keys() - set(kept):
         shutil.rmtree(complete[step])
 
 
-def _root_cause(error: BaseException) -> str:
-    """The innermost reason, in one line: the checkpoint library wraps it in its own errors."""
+def _root_cause(error: BaseException) -> BaseException:
+    """The innermost reason: the checkpoint library wraps it in its own error."""
     failures = getattr(error, "failures", None)
-    if failures:
-        error = next(iter(failures.values()))[0]
+    return next(iter(failures.values()))[0] if failures else error
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
 def load(path: Path, model: TractModel, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore parameters and optimizer state in place from a checkpoint of this run; returns where it stood."""
-    state = training_state(model, optimizer)
-    dcp.load(state, storage_reader=HuggingFaceStorageReader(str(path)))
+    _read(path, training_state(model, optimizer))
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
     return Progress(step=saved["step"], fingerprint=saved["fingerprint"])
+
+
+def _read(path: Path, into: dict[str, Tensor], **options) -> None:
+    """Fill the tensors of ``into`` from a checkpoint. Raises UserError where it is damaged."""
+    try:
+        dcp.load(into, storage_reader=HuggingFaceStorageReader(str(path)), **options)
+    except (SafetensorError, CheckpointException) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"{path} is damaged ({_one_line(_root_cause(error))}): write the name of an earlier checkpoint into "
+        f"{path.parent / 'latest'}, if one is left"
+    )
 
 
 def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> Path:
@@ -163,13 +203,14 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
 
     Full fine-tuning: ``out`` is a Hugging Face folder. LoRA: ``out/adapter`` is a PEFT adapter and ``out/merged`` a
     Hugging Face folder with the adapter merged in. Each has the tokenizer and ``tract.json`` (score labels, token ids,
-    values, normalisation, prompt template). Weights are written in ``model.dtype``. Default ``out``: ``run_dir/judge``.
-    Can be repeated. Raises UserError where the run holds no such checkpoint.
+    values, normalisation, prompt template). Weights are written in ``model.dtype``, the adapter in float32. Default
+    ``out``: ``run_dir/judge``. Can be repeated. Raises UserError where the run holds no such checkpoint.
     """
     run_dir, out = Path(run_dir), Path(out) if out else Path(run_dir) / "judge"
     source = latest(run_dir) if step is None else folder(run_dir) / f"step_{step:06d}"
     if source is None or not (source / "state.json").is_file():
         raise UserError(f"{run_dir} holds no checkpoint{f' of step {step}' if step is not None else ''} to export")
+    make_folder(out, "--out")
     recipe = recipes.load(run_dir / "recipe.yaml", [])
     tokenizer = load_tokenizer(recipe.model)
     scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)
@@ -193,14 +234,16 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
 
 def trained_weights(source: Path) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint, whole, on the CPU."""
-    reader = HuggingFaceStorageReader(str(source))
-    stored = reader.read_metadata().state_dict_metadata
+    try:
+        stored = HuggingFaceStorageReader(str(source)).read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise _damaged(source, error) from error
     weights = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         for key, entry in stored.items()
         if key.startswith("model.")
     }
-    dcp.load(weights, storage_reader=reader, no_dist=True)
+    _read(source, weights, no_dist=True)
     return {key.removeprefix("model."): value for key, value in weights.items()}
 
 

@@ -16,6 +16,7 @@ from tract_fast import __version__, recipe as recipes
 from tract_fast.errors import RunStopped, UserError
 
 PROG = "tract-fast"
+SWITCHES = {"--help", "-h", "--dry-run", "--dry_run"}  # flags without a value
 LATER = ("generate", "run", "evaluate", "score", "plan", "doctor")  # commands that are not in this version
 
 
@@ -88,11 +89,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 141  # what a shell reports for a program that its pipe has ended
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or error.filename):
             raise
-        _discard_output()
+        if full:
+            _discard_output()
         place = f" ({error.filename})" if error.filename else ""
-        return _fail(f"{error.strerror}{place}: free some space and give the same command", 1)
+        remedy = "free some space and give the same command" if full else "choose a place that can be written"
+        return _fail(f"{error.strerror}{place}: {remedy}", 1)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -106,8 +110,28 @@ def _dispatch(argv: list[str]) -> int:
     else:
         if command == "train":
             recipes.check_flags(argv[1:], switches=("dry_run", "help"))
+        _check_words(command, argv[1:])
         return tyro.cli(COMMANDS[command], prog=f"{PROG} {command}", args=argv[1:], use_underscores=True)
     return 0
+
+
+def _check_words(command: str, argv: list[str]) -> None:
+    """Raise UserError where the one word that a command takes is missing, or there are more."""
+    wanted = {"train": "a recipe: tract-fast train RECIPE.yaml", "export": "a run: tract-fast export RUN_DIR"}
+    words, skip = [], False
+    for word in argv:
+        if not skip and not word.startswith("-"):
+            words.append(word)
+        skip = not skip and word.startswith("--") and "=" not in word and word not in SWITCHES
+    if SWITCHES & set(argv) & {"--help", "-h"}:
+        return
+    if command in wanted and not words:
+        raise UserError(f"{command} needs {wanted[command]}")
+    surplus = words[command in wanted :]
+    if surplus:
+        raise UserError(
+            f"{' '.join(surplus)}: one word too many for {command}; a setting is written --section.key VALUE"
+        )
 
 
 def _overview() -> str:

@@ -14,7 +14,7 @@ from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
 from tract_fast.model import TractModel
 from tract_fast.recipe import Recipe
-from tract_fast.shard import Ranks, all_sum
+from tract_fast.shard import Ranks, all_sum, reshard
 
 
 def agreement(predicted: np.ndarray, label: np.ndarray) -> dict[str, float | None]:
@@ -55,6 +55,7 @@ def teacher_forced(model: TractModel, examples: Sequence[Encoded], recipe: Recip
         found[rows] = torch.stack([out.expected_score, out.score_mass], dim=1).double()
         ce_sum += out.nll.double().sum()
     model.train(was_training)
+    reshard(model)
     return _metrics(all_sum(found).cpu(), all_sum(ce_sum).item(), examples, score_ce)
 
 

@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,17 +21,25 @@ from tract_fast.errors import UserError
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again. A torn one goes."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    if path.exists():
+        replace_file(path, "".join(json.dumps(r) + "\n" for r in _records(path) if r["step"] <= step))
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a ``metrics.jsonl`` up to the first line that is none."""
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            break
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    replace_file(path, "".join(kept))
+            return
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            return
+        yield record
+
+
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether ``metrics.jsonl`` holds an evaluation after ``step`` steps."""
+    return any(record["step"] == step and "eval" in record for record in _records(path))
 
 
 class Tracker(NamedTuple):

@@ -6,10 +6,13 @@ checkpointing -> compile; sharding follows in ``shard.py``. What cannot work is 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tract_fast import attention
@@ -93,7 +96,7 @@ def _from_pretrained(auto_class, model: Model, what: str, **options):
         return auto_class.from_pretrained(**locate(model), trust_remote_code=model.trust_remote_code, **options)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.path = {model.path}: {what} cannot be loaded: {reason[:300]}") from error
 
@@ -127,6 +130,13 @@ def load_config(model: Model):
         )
     if getattr(text, "attention_chunk_size", None):
         raise UserError(f"model.path = {model.path}: {kind} attends in chunks, which packed attention does not compute")
+    if getattr(config, "quantization_config", None) is not None and "gguf_file" not in locate(model):
+        raise UserError(f"model.path = {model.path} is quantised: training needs the model in 16 or 32 bits")
+    if getattr(text, "attention_dropout", 0.0):
+        raise UserError(
+            f"model.path = {model.path}: attention_dropout is {text.attention_dropout}, which packed attention does not "
+            "compute: set it to 0 in config.json"
+        )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model.path = {model.path}: {kind} is an encoder-decoder; a causal LM is needed")
     return config
@@ -240,7 +250,7 @@ def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.de
     if device.type == "cuda":
         say(_apply_liger(lm, recipe.model.liger))
     softcap, logit_scale = logit_transform(config)
-    say(self_check(lm, name, softcap, logit_scale))
+    say(self_check(lm, dtype, name, softcap, logit_scale))
     if recipe.lora.rank:
         add_lora(lm, recipe.lora, dtype, recipe.train.seed)
     loss = recipe.loss
@@ -275,11 +285,14 @@ def _apply_liger(lm: nn.Module, setting: str) -> str:
 
 
 @torch.no_grad()
-def self_check(lm: nn.Module, attention_name: str, softcap: float | None, logit_scale: float) -> str:
+def self_check(
+    lm: nn.Module, dtype: torch.dtype, attention_name: str, softcap: float | None, logit_scale: float
+) -> str:
     """Two documents packed must give what transformers' own forward pass gives for each alone; returns a line to print.
 
-    Catches documents that see each other, attention that ignores something the model needs, and a head with more
-    between hidden states and logits than soft-cap and scale. Raises UserError otherwise.
+    Computed in ``dtype``, as training will (some kernels take 16 bits only). Catches documents that see each other,
+    attention that ignores something that short documents need, and a head with more between hidden states and logits
+    than soft-cap and scale. Raises UserError otherwise.
     """
     device = lm.get_input_embeddings().weight.device
     vocabulary = lm.get_output_embeddings().out_features
@@ -287,14 +300,16 @@ def self_check(lm: nn.Module, attention_name: str, softcap: float | None, logit_
     documents = [torch.randint(vocabulary, (n,), generator=tokens).to(device) for n in (11, 7)]
     was_training = lm.training
     lm.eval()
-    lm.set_attn_implementation("eager")
-    expected = [lm(input_ids=d[None], use_cache=False).logits[0].float() for d in documents]
-    lm.set_attn_implementation(attention_name)
-    logits = lm.get_output_embeddings()(hidden_states(lm.get_decoder(), bare_batch(documents))).float() * logit_scale
+    with rounded(lm, dtype):
+        lm.set_attn_implementation("eager")
+        expected = [lm(input_ids=d[None], use_cache=False).logits[0].float() for d in documents]
+        lm.set_attn_implementation(attention_name)
+        logits = lm.get_output_embeddings()(hidden_states(lm.get_decoder(), bare_batch(documents))).float()
+    logits = logits * logit_scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     lm.train(was_training)
-    tolerance = 1e-3 if lm.dtype == torch.float32 else 5e-2
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     for got, want in zip(logits.split([len(d) for d in documents]), expected, strict=True):
         error = ((got - want).norm() / want.norm()).item()
         if not error <= tolerance:
@@ -303,6 +318,19 @@ def self_check(lm: nn.Module, attention_name: str, softcap: float | None, logit_
                 f"{type(lm).__name__} cannot be trained packed with attention {attention_name}"
             )
     return f"packing check: two documents packed = each alone (relative error {error:.0e})"
+
+
+@contextlib.contextmanager
+def rounded(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Weights of ``lm`` in ``dtype`` inside, as they were outside."""
+    masters = [(p, p.data) for p in lm.parameters()]
+    try:
+        for p, data in masters:
+            p.data = data.to(dtype)
+        yield
+    finally:
+        for p, data in masters:
+            p.data = data
 
 
 def bare_batch(documents: list[Tensor]) -> Batch:
@@ -323,8 +351,6 @@ def bare_batch(documents: list[Tensor]) -> Batch:
         score_rows=none.long(),
         score_targets=none,
         score_weights=none,
-        ids=(),
-        ce_tokens=0,
     )
 
 

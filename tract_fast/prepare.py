@@ -20,7 +20,7 @@ from tract_fast.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """``train`` and ``held_out`` are encoded examples; ``left_out`` names every other record and why."""
+    """``train`` and ``held_out`` are encoded examples; ``left_out`` names the records that cannot be used and why."""
 
     tokenizer: Any
     config: Any
@@ -55,15 +55,18 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
         "chat_template_kwargs": recipe.data.chat_template_kwargs,
         "max_len": recipe.data.max_len,
         "max_dropped": recipe.data.max_dropped,
-        "rationale": recipe.data.rationale,
+        "on_error": recipe.data.on_error,
     }
     encoded = []
-    for what, examples in (("train", train), ("held out", held_out)):
-        kept, dropped = prompt.encode_all(tokenizer, scale, examples, **options) if examples else ([], [])
-        left_out += [{"where": name, "why": f"{length} tokens > {recipe.data.max_len}"} for name, length in dropped]
+    for what, examples in (("train", train), ("held-out", held_out)):
+        kept, dropped = prompt.encode(tokenizer, scale, examples, **options)
+        left_out += [{"where": skipped.where, "why": skipped.why} for skipped in dropped]
         if dropped:
-            say(f"data: {len(dropped)} of {len(examples)} {what} examples are longer than {recipe.data.max_len} tokens")
+            first = f"first {dropped[0].where}: {dropped[0].why}"
+            say(f"data: {len(dropped)} of {len(examples)} {what} examples left out, {first}")
         encoded.append(kept)
+    for token, count in prompt.control_tokens(tokenizer, [*train, *held_out]).items():
+        say(f"warning: {count} prompts hold the text {token!r}, which the tokenizer reads as a control token")
     if not encoded[0]:
         raise UserError(f"data.train = {recipe.data.train}: no example is left to train on")
     _check_lengths(recipe, config, encoded[0] + encoded[1])
@@ -105,6 +108,12 @@ def _read(recipe: Recipe, say, left_out: list) -> tuple[list, list]:
         train, held_out = feedback.split_by_question(train, data.holdout, recipe.train.seed)
     if data.limit is not None:
         train = train[: data.limit]
+    whole = len({e.prompt for e in (*train, *held_out) if e.question == e.prompt}) if held_out else 0
+    if whole:
+        say(
+            f"warning: {whole} prompts have no field question and no heading {feedback.RESPONSE_HEADING!r}: each counts "
+            "as a question of its own, so responses to one question may be both trained on and held out"
+        )
     shared = feedback.question_overlap(train, held_out)
     if shared:
         say(f"warning: {shared} questions are in both data.train and data.eval: the held-out numbers will flatter")

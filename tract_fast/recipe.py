@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -129,6 +129,8 @@ class Score:
     def __post_init__(self) -> None:
         _require(len(self.labels) >= 2, "score.labels", list(self.labels), "must be two or more")
         _require(all(self.labels), "score.labels", list(self.labels), "an empty label cannot be written")
+        odd = [label for label in self.labels if label != label.strip()]
+        _require(not odd, "score.labels", odd, "must have no space around them: the score sentence has its own")
         _require(len(set(self.labels)) == len(self.labels), "score.labels", list(self.labels), "must all differ")
         rule = f"must be as many as score.labels ({len(self.labels)})"
         _require(len(self.values) == len(self.labels), "score.values", list(self.values), rule)
@@ -272,6 +274,8 @@ class Recipe:
             )
         if self.train.eval_every is not None and self.data.eval is None and not self.data.holdout:
             found.append("train.eval_every has nothing to evaluate on: set data.eval or data.holdout")
+        if self.lora.rank == 0 and replace(self.lora, rank=Lora.rank) != Lora():
+            found.append("lora.rank = 0 is full fine-tuning: the other settings of lora have no effect")
         return found
 
 

@@ -33,10 +33,14 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if number < len(lines):
                 raise UserError(f"{path}:{number} is not a line of JSON: give the metrics.jsonl of a run") from None
+            continue
+        if not (isinstance(record, dict) and "step" in record):
+            raise UserError(f"{path}:{number} is no record of a step: give the metrics.jsonl of a run")
+        records.append(record)
     if not records:
         raise UserError(f"{path} holds no step yet: train first")
     return [r for r in records if "eval" not in r], [r for r in records if "eval" in r]
@@ -66,7 +70,7 @@ def plot_curves(metrics: Path, out: Path) -> Path:
         panel.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         panel.grid(alpha=0.25)
         panel.spines["top"].set_visible(False)
-    figure.suptitle(str(metrics.parent), fontsize=11)
+    figure.suptitle(str(metrics.parent), fontsize=11, parse_math=False)
     png = out.with_suffix(".png")
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, dpi=150)

@@ -142,7 +142,7 @@ def read_file(path: Path, sections: Collection[str]) -> dict[str, Given]:
         raise UserError(f"{path} holds no settings: a recipe is a mapping of sections such as `train: {{lr: 1e-5}}`")
     found: dict[str, Given] = {}
     for name, section in root.value:
-        if isinstance(section, MappingNode) and "." not in name.value:
+        if isinstance(section, MappingNode) and "." not in name.value and (section.value or name.value in sections):
             members = [(f"{name.value}.{key.value}", key, node) for key, node in section.value]
         elif name.value not in sections:
             members = [(name.value, name, section)]

@@ -80,6 +80,17 @@ def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> No
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: TractModel) -> None:
+    """Put back the shards after a forward pass that no backward follows.
+
+    The tail stays gathered after its forward; until it is resharded the model's parameters are copies in the compute
+    dtype, which the optimizer does not know and a checkpoint must not hold.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def all_sum(values: Tensor) -> Tensor:
     """Sum over ranks, in place."""
     dist.all_reduce(values)

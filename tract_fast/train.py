@@ -65,10 +65,7 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
         estimate.show(recipe, prepare(recipe, say))
         return 0
     start = resume_point(recipe)
-    try:
-        Path(recipe.run.dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run.dir = {recipe.run.dir} cannot be made: {error.strerror}; choose another") from error
+    checkpoint.make_folder(Path(recipe.run.dir), "run.dir")
     with shard.start_ranks() as ranks:
         say(f"device: {ranks.device}, rank {ranks.rank} of {ranks.world}, {torch.get_num_threads()} threads")
         if recipe.model.dtype == "bfloat16" and ranks.device.type == "cpu" and "AVX512" not in cpu_capability():
@@ -132,12 +129,19 @@ def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
 
 def open_run_dir(job: Job, done: int) -> None:
     """Check that the disk can hold the checkpoints, then write the resolved recipe and what was left out."""
-    needed = 3 * sum(p.numel() * p.element_size() for p in job.model.trainable().values())
+    size = 3 * sum(p.numel() * p.element_size() for p in job.model.trainable().values())
+    # the next one is written before an older one goes
+    more = (
+        max(1, job.recipe.checkpoint.keep_last + 1 - len(checkpoint.written(checkpoint.folder(job.run_dir))))
+        if done < job.total
+        else 0
+    )
     free = shutil.disk_usage(job.run_dir).free
-    if free < 2 * needed:
+    if free < more * size:
         raise UserError(
-            f"run.dir = {job.run_dir} has {free / 2**20:.0f} MiB free and two checkpoints take "
-            f"{2 * needed / 2**20:.0f} MiB: free some space or choose another run.dir"
+            f"run.dir = {job.run_dir} has {free / 2**20:.0f} MiB free and needs {more * size / 2**20:.0f} MiB for "
+            f"{more} more checkpoints (checkpoint.keep_last and the one being written): free some space or choose "
+            "another run.dir"
         )
     checkpoint.replace_file(job.run_dir / "recipe.yaml", recipes.dump(job.recipe))
     job.data.write_left_out(job.run_dir / "left_out.jsonl")
@@ -177,26 +181,35 @@ def loop(job: Job, done: int) -> int:
             job.run_dir, total=job.total, done=done, device=ranks.device, trackers=trackers, loud=ranks.is_main
         ) as out,
     ):
+        seen = ranks.is_main and log.has_evaluation(job.run_dir / "metrics.jsonl", done)
+        if not shard.all_sum(
+            torch.tensor(float(seen), device=ranks.device)
+        ).item():  # a stop leaves it to the next start
+            evaluate_if_due(job, done, out)
         if done >= job.total:
-            out.say(f"nothing to do: all {job.total} steps are done; raise train.max_steps or train.epochs to go on")
+            out.say(f"nothing to do: {done} steps are done; raise train.max_steps or train.epochs to go on")
             return 0
-        if done == 0 and job.data.held_out:
-            out.evaluation(0, evaluate.teacher_forced(job.model, job.data.held_out, recipe, ranks))
         for step in range(done, job.total):
             record = train_step(job, step, stop)
             stopping = record.pop("stop")
             out.step(record)
             last = step + 1 == job.total
-            due = recipe.train.eval_every and (step + 1) % recipe.train.eval_every == 0
-            if job.data.held_out and (due or last) and not stopping:
-                out.evaluation(step + 1, evaluate.teacher_forced(job.model, job.data.held_out, recipe, ranks))
+            if not stopping:
+                evaluate_if_due(job, step + 1, out)
             if last or stopping or (step + 1) % recipe.checkpoint.every == 0:
                 save(job, step + 1, out)
-            if stopping and not last:
+            if stopping:
                 out.say(f"stopped after step {step + 1} of {job.total}; the same command goes on from here")
                 return stopping
         out.say(f"done: {job.total} steps in {job.run_dir}; to use the judge: tract-fast export {job.run_dir}")
     return 0
+
+
+def evaluate_if_due(job: Job, done: int, out: log.RunLog) -> None:
+    """Held-out metrics before the first step, after the last, and every ``train.eval_every``."""
+    every = job.recipe.train.eval_every
+    if job.data.held_out and (done in (0, job.total) or (every and done % every == 0)):
+        out.evaluation(done, evaluate.teacher_forced(job.model, job.data.held_out, job.recipe, job.ranks))
 
 
 def save(job: Job, step: int, out: log.RunLog) -> None:

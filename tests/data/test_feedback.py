@@ -47,6 +47,11 @@ def test_plain(load):
         ("Good. [RESULT] 4", "Good."),
         ("[RESULT] 2? No. So the overall score is 3.", "[RESULT] 2? No."),
         ("Good.\n\nSo, overall, 4", "Good.\n\nSo, overall, 4"),
+        ("Fine. Therefore, the overall score is 4. [RESULT] 4", "Fine."),
+        (
+            "Dull, so the overall impression is poor; hence the overall score is 2",
+            "Dull, so the overall impression is poor;",
+        ),
     ],
 )
 def test_rationale_ends_before_the_verdict(load, text, kept):
@@ -191,10 +196,26 @@ def test_labels_that_are_not_their_values(load):
         load({**PLAIN, "score": 1}, **falling)
     assert load({**PLAIN, "score": "1"}, {**PLAIN, "score": 3}, **falling).examples[0].score == 5.0
     assert [e.score for e in load(BENCHMARK, **falling).examples] == [2.0, 1.0], "what a judge wrote is a label"
+    tables = [float(score) for score in BENCHMARK["gpt4_score"]]
+    assert [e.score for e in load({**BENCHMARK, "gpt4_score": tables}, **falling).examples] == [2.0, 1.0]
+    with pytest.raises(UserError, match=r"score = 1.0 is a label and another label's value"):
+        load({**PLAIN, "score": 1.0}, **falling)
     assert load(COLLECTION, **falling).examples[0].score == 2.0
     unit = {"labels": LABELS, "values": [0, 0.25, 0.5, 0.75, 1]}
     with pytest.raises(UserError, match=r"score = 3 is not on the scale: .* or a number from 0 to 1"):
         load(PLAIN, **unit)
+
+
+def test_what_any_record_may_carry(load):
+    own = {"id": "mine", "question": "Q", "weight": 3}
+    assert [(e.id, e.question, e.weight) for e in load({**BENCHMARK, **own}).examples] == [
+        ("mine#1", "Q", 3.0),
+        ("mine#2", "Q", 3.0),
+    ]
+    (example,) = load({**COLLECTION, **own}).examples
+    assert (example.id, example.question, example.weight, example.where) == ("mine", "Q", 3.0, "data.jsonl:1")
+    with pytest.raises(UserError, match="weight = 'abc'"):
+        load({**COLLECTION, "weight": "abc"})
 
 
 def test_null_fields_count_as_missing(load):

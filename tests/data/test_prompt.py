@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from tests.tiny import (
 )
 from tract_fast.data import prompt as prompts
 from tract_fast.data.feedback import Example, read_examples
-from tract_fast.data.prompt import check_tokenizer, encode, encode_all, fill_template, render_prompt, show
+from tract_fast.data.prompt import check_tokenizer, control_tokens, encode, fill_template, render_prompt, show
+from tract_fast.data.records import Skipped
 from tract_fast.data.scores import find_scale
 from tract_fast.errors import UserError
 
@@ -28,6 +30,12 @@ RATIONALE = 'It is kind, but "late" by 12 days: the überraschung ☃ is gone.'
 
 def scale_of(tokenizer, rationale="keep"):
     return find_scale(tokenizer, LABELS, VALUES, rationale=rationale)
+
+
+def encode_one(tokenizer, scale, example, chat_template_kwargs):
+    options = {"max_len": 10_000, "max_dropped": 0.0, "on_error": "fail"}
+    (encoded,), _ = encode(tokenizer, scale, [example], chat_template_kwargs=chat_template_kwargs, **options)
+    return encoded
 
 
 def judged(prompt="Is it [b]kind[/b]?\n\n###Feedback: ", rationale=RATIONALE, score=4.0, **more) -> Example:
@@ -61,7 +69,7 @@ def test_pieces_equal_the_whole(make, rationale):
     scale = scale_of(tokenizer, rationale)
     check_tokenizer(tokenizer, scale, {})
     e = judged(rationale=RATIONALE if rationale == "keep" else "", score=3.5, weight=2.0)
-    got = encode(tokenizer, scale, e, {})
+    got = encode_one(tokenizer, scale, e, {})
     ids = list(got.ids)
     assert (got.label_index, got.score, got.weight, got.id, got.question) == (2, 3.5, 2.0, "x:1", "q")
     assert ids[-2:] == [scale.token_ids[2], tokenizer.eos_token_id]
@@ -83,8 +91,8 @@ def test_real_prompts_in_the_real_tokenizer():
     scale = scale_of(tokenizer)
     loaded = read_examples(str(vicuna_eval()), labels=LABELS, values=VALUES, rationale="keep", on_error="fail")
     chosen = loaded.examples[::48]
-    kept, dropped = encode_all(
-        tokenizer, scale, chosen, chat_template_kwargs={}, max_len=3000, max_dropped=0.0, rationale="keep"
+    kept, dropped = encode(
+        tokenizer, scale, chosen, chat_template_kwargs={}, max_len=3000, max_dropped=0.0, on_error="fail"
     )
     assert not dropped and len(kept) == 20
     for example, encoded in zip(chosen, kept, strict=True):
@@ -99,19 +107,19 @@ def test_real_prompts_in_the_real_tokenizer():
     assert 950 < mean < 1250
 
 
-def test_encode_all_is_encode_for_each():
+def test_many_are_each_alone():
     tokenizer = tiny_tokenizer()
     scale = scale_of(tokenizer)
     examples = [judged(f"Question {i % 3}?", "It is kind. " * (1 + i % 4), 1 + i % 5, id=f"x:{i}") for i in range(25)]
-    options = {"chat_template_kwargs": {}, "max_len": 10_000, "max_dropped": 0.0}
-    kept, dropped = encode_all(tokenizer, scale, examples, rationale="keep", **options)
+    options = {"chat_template_kwargs": {}, "max_len": 10_000, "max_dropped": 0.0, "on_error": "fail"}
+    kept, dropped = encode(tokenizer, scale, examples, **options)
     assert dropped == []
     for got, e in zip(kept, examples, strict=True):
-        alone = encode(tokenizer, scale, e, {})
+        alone = encode_one(tokenizer, scale, e, {})
         assert got.ids.dtype == np.int32 and np.array_equal(got.ids, alone.ids)
         assert (got.prompt_len, got.label_index, got.id) == (alone.prompt_len, alone.label_index, e.id)
     bare = scale_of(tokenizer, "drop")
-    for got in encode_all(tokenizer, bare, examples, rationale="drop", **options)[0]:
+    for got in encode(tokenizer, bare, [replace(e, rationale="") for e in examples], **options)[0]:
         assert tokenizer.decode(got.ids[got.prompt_len :]) == f"So the overall score is {got.score:g}<|im_end|>"
 
 
@@ -119,42 +127,53 @@ def test_chunks_join_without_a_seam(monkeypatch):
     tokenizer = tiny_tokenizer()
     scale = scale_of(tokenizer)
     examples = [judged(f"Question {i}?", score=1 + i % 5, id=f"x:{i}") for i in range(7)]
-    options = {"chat_template_kwargs": {}, "max_len": 10_000, "max_dropped": 0.0, "rationale": "keep"}
-    whole = encode_all(tokenizer, scale, examples, **options)[0]
+    options = {"chat_template_kwargs": {}, "max_len": 10_000, "max_dropped": 0.0, "on_error": "fail"}
+    whole = encode(tokenizer, scale, examples, **options)[0]
     monkeypatch.setattr(prompts, "CHUNK", 3)
-    parts = encode_all(tokenizer, scale, examples, **options)[0]
+    parts = encode(tokenizer, scale, examples, **options)[0]
     assert [(e.id, e.ids.tolist()) for e in parts] == [(e.id, e.ids.tolist()) for e in whole]
 
 
 def test_too_long_is_left_out_and_never_cut():
     tokenizer = tiny_tokenizer()
     scale = scale_of(tokenizer)
-    examples = [judged("Why?", "It is kind. " * n, id=f"x:{n}") for n in range(1, 11)]
-    lengths = [len(encode(tokenizer, scale, e, {}).ids) for e in examples]
-    options = {"chat_template_kwargs": {}, "rationale": "keep", "max_len": lengths[7]}
-    kept, dropped = encode_all(tokenizer, scale, examples, max_dropped=0.2, **options)
+    examples = [judged("Why?", "It is kind. " * n, id=f"x:{n}", where=f"f:{n}") for n in range(1, 11)]
+    lengths = [len(encode_one(tokenizer, scale, e, {}).ids) for e in examples]
+    options = {"chat_template_kwargs": {}, "on_error": "fail", "max_len": lengths[7]}
+    kept, dropped = encode(tokenizer, scale, examples, max_dropped=0.2, **options)
     assert [len(e.ids) for e in kept] == lengths[:8]
-    assert dropped == [("x:9", lengths[8]), ("x:10", lengths[9])]
+    assert dropped == [
+        Skipped(f"f:{n}", f"{lengths[n - 1]} tokens, more than data.max_len = {lengths[7]}") for n in (9, 10)
+    ]
     message = (
         rf"^data.max_len = {lengths[7]}: 2 of 10 examples are longer \(the longest has {lengths[9]} tokens\), and "
         r"data.max_dropped = 0.19 allows a share of 19.0%; raise data.max_len"
     )
     with pytest.raises(UserError, match=message):
-        encode_all(tokenizer, scale, examples, max_dropped=0.19, **options)
-    assert encode_all(tokenizer, scale, [], max_dropped=0.0, **options) == ([], [])
+        encode(tokenizer, scale, examples, max_dropped=0.19, **options)
+    assert encode(tokenizer, scale, [], max_dropped=0.0, **options) == ([], [])
 
 
-def test_rationale_with_the_end_token_is_refused():
-    tokenizer = tiny_tokenizer()
-    with pytest.raises(UserError, match=r"^x:1: the rationale holds '<\|im_end\|>'"):
-        encode(tokenizer, scale_of(tokenizer), judged(rationale="It is <|im_end|> kind."), {})
+@pytest.mark.parametrize("make", TOKENIZERS)
+def test_rationale_with_a_control_token(make):
+    """It would end the reply, or open a turn, in the middle of the text."""
+    tokenizer = make()
+    scale = scale_of(tokenizer)
+    options = {"chat_template_kwargs": {}, "max_len": 10_000, "max_dropped": 0.0}
+    for token in {tokenizer.bos_token, tokenizer.eos_token}:
+        examples = [judged(where="f:1"), judged(rationale=f"It is {token} kind.", where="f:2"), judged(where="f:3")]
+        with pytest.raises(UserError, match=rf"^f:2: the rationale holds '{re.escape(token)}'.*data.on_error: skip"):
+            encode(tokenizer, scale, examples, on_error="fail", **options)
+        kept, left_out = encode(tokenizer, scale, examples, on_error="skip", **options)
+        assert len(kept) == 2 and [x.where for x in left_out] == ["f:2"]
+        assert control_tokens(tokenizer, [judged(f"What is {token}?"), judged()]) == {token: 1}
 
 
 def test_chat_template_kwargs_reach_the_template():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ mood }}" + tokenizer.chat_template
     assert render_prompt(tokenizer, "Hi", {"mood": "calm"}).startswith("calm<|im_start|>user\nHi<|im_end|>")
-    got = encode(tokenizer, scale_of(tokenizer), judged(), {"mood": "terse"})
+    got = encode_one(tokenizer, scale_of(tokenizer), judged(), {"mood": "terse"})
     assert tokenizer.decode(got.ids).startswith("terse<|im_start|>user")
 
 
@@ -198,16 +217,8 @@ def test_template_without_bos_stays_without():
     tokenizer.chat_template = tokenizer.chat_template.removeprefix("{{ bos_token }}")
     scale = scale_of(tokenizer)
     check_tokenizer(tokenizer, scale, {})
-    assert tokenizer.bos_token_id not in encode(tokenizer, scale, judged(), {}).ids
+    assert tokenizer.bos_token_id not in encode_one(tokenizer, scale, judged(), {}).ids
     assert tokenizer.encode("Hi")[0] == tokenizer.bos_token_id
-
-
-def test_scale_of_another_tokenizer_is_refused():
-    tokenizer = tiny_tokenizer()
-    scale = scale_of(tokenizer)
-    tokenizer.eos_token = "<|endoftext|>"
-    with pytest.raises(UserError, match="the score scale ends in token 2, the tokenizer's EOS is 0"):
-        check_tokenizer(tokenizer, scale, {})
 
 
 def test_tokenizer_that_reads_bos_as_text_or_adds_one_is_refused():
@@ -232,7 +243,7 @@ def test_show(make):
     """The text is whole, markup in it is text, and each part has its style."""
     tokenizer = make()
     scale = scale_of(tokenizer)
-    got = encode(tokenizer, scale, judged(score=4.25), {})
+    got = encode_one(tokenizer, scale, judged(score=4.25), {})
     text = show(tokenizer, scale, got)
     assert text.plain.startswith(tokenizer.decode(got.ids) + "\nx:1: score 4.25, label 4 instead of 1, 2, 3, 5; ")
     assert f"{got.prompt_len} prompt tokens and {len(got.ids) - got.prompt_len} trained on" in text.plain

@@ -181,7 +181,7 @@ def test_byte_order_mark_is_no_part_of_the_first_record(path):
 
 def test_indented_object_gets_a_hint(path):
     found = read(path(b'{\n"a": 1\n}\n', ".json"))
-    assert "a record is one line, or the file is one list" in found[0].why
+    assert "a record is one line (a list of records belongs in a .json file)" in found[0].why
 
 
 def test_json_lines_are_streamed(path):
@@ -198,9 +198,9 @@ def test_json_lines_are_streamed(path):
 def test_a_long_list_takes_linear_time(path, separator):
     """On one line of 1 MB, where looking back for the start of the line each time would read 50 GB."""
     file = path(b"[" + separator.join([b'{"a": 1}'] * 100_000) + b"]", ".json")
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: a busy machine does not count
     assert len(read(file)) == 100_000
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 8, "about 1 when linear, minutes when not"
 
 
 def test_parquet(tmp_path):

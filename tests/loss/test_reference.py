@@ -158,13 +158,13 @@ def problems(draw) -> dict[str, Any]:
 UPSTREAM = st.sampled_from([1.0, -2.5, 1e-3, 300.0])
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 @given(p=problems(), upstream=UPSTREAM)
 def test_values_and_gradients_are_the_closed_formulas(p, upstream):
     assert_matches(p, 1e-9, upstream)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(p=problems(), upstream=UPSTREAM)
 def test_float32_is_close_to_the_formulas_and_finite_at_any_size_of_logits(p, upstream):
     p = rounded(p, torch.float32)

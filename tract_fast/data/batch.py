@@ -52,15 +52,13 @@ class Batch:
     score_rows: Tensor  # (S,) int64, index into N
     score_targets: Tensor  # (S,) float32
     score_weights: Tensor  # (S,) float32
-    ids: tuple[str, ...]  # of the examples, for messages
-    ce_tokens: int  # rows whose label is not -100
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on ``device`` (copied without waiting)."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, torch.Tensor)}
-        )
+        """The same batch with its tensors on ``device``; from pinned memory, since other copies to CUDA wait."""
+        tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        if device.type == "cuda":
+            tensors = {name: v.pin_memory() for name, v in tensors.items()}
+        return replace(self, **{name: v.to(device, non_blocking=True) for name, v in tensors.items()})
 
 
 def steps_per_epoch(n: int, batch: int) -> int:
@@ -140,7 +138,7 @@ def plan_step(
     return chosen, pack([len(e.ids) for e in chosen], max_tokens=max_tokens, world=world)
 
 
-def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool, pad_id: int = 0) -> Batch:
+def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool) -> Batch:
     """Pack ``examples`` into one Batch and give each row its weight.
 
     With no examples the batch is one token that nothing is trained on, so that a rank without work still takes part in
@@ -165,11 +163,10 @@ def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool, pa
         score_rows.append(n_rows + n_target - 2)  # the row that predicts the score token, the last but one
         start, n_rows = start + length, n_rows + n_target
     if not examples:
-        ids, positions = [np.array([pad_id], dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
+        ids, positions = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
     lengths = [len(x) for x in ids]
     cu = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
     cat = lambda parts, dtype: torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype))  # noqa: E731
-    label_tensor = cat(labels, np.int64)
     share = norm.regression_weight / norm.weighted_sequences if examples else 0.0
     return Batch(
         input_ids=cat(ids, np.int64)[None],
@@ -179,11 +176,9 @@ def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool, pa
         max_length_q=max(lengths),
         max_length_k=max(lengths),
         rows=cat(rows, np.int64),
-        labels=label_tensor,
+        labels=cat(labels, np.int64),
         row_weights=cat(row_weights, np.float32),
         score_rows=torch.tensor(score_rows, dtype=torch.int64),
         score_targets=torch.tensor([e.score for e in examples], dtype=torch.float32),
         score_weights=torch.tensor([share * e.weight for e in examples], dtype=torch.float32),
-        ids=tuple(e.id for e in examples),
-        ce_tokens=int((label_tensor != IGNORE).sum()),
     )

@@ -22,8 +22,9 @@ from tract_fast.data.prompt import PARTS, fill_template
 from tract_fast.data.records import EXAMPLE, Record, Skipped, read_records
 from tract_fast.errors import UserError
 
-RESULT = re.compile(r"\[RESULT\]\s*(\S+)")
+RESULT = re.compile(r"\[RESULT\][\s:]*(\S+)")
 SCORE_SENTENCE = re.compile(r"So the overall score is\s+(?:an? )?(\S+)")
+VERDICT = re.compile(r"So the overall|\b(?i:so|therefore|thus|hence),? the overall score is")
 AROUND_SCORE = "()[]{}\"'*`.,;:!"  # what may stand around a score in a judge's output
 RESPONSE_HEADING = "###Response to evaluate"
 
@@ -32,7 +33,7 @@ RESPONSE_HEADING = "###Response to evaluate"
 class Example:
     """One judgement. ``score`` is a value of the scale, or a mean of annotators between two of them.
 
-    ``rationale`` is empty when rationales are dropped. ``question`` is what a split must keep together; ``weight`` is
+    ``where`` is its place in a file, for messages; ``rationale`` is empty when rationales are dropped. ``question`` is what a split must keep together; ``weight`` is
     relative to the other examples.
     """
 
@@ -42,6 +43,7 @@ class Example:
     score: float
     question: str
     weight: float = 1.0
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,7 @@ def read_examples(
 ) -> Loaded:
     """Read ``source``: a .json, .jsonl or .parquet file, ``package:NAME/path``, or a hub data set ``name[:split]``.
 
-    The rationale is the text before its first "So the overall", else before "[RESULT]" ("keep"); with "drop" it is not
+    The rationale is the text before its verdict ("So the overall ...", "[RESULT]") with "keep"; with "drop" it is not
     needed and left empty. A record that is not JSON or UTF-8, lacks a field, has one twice or of another type, or whose
     score is not on the scale is broken: "fail" raises at the first, "skip" leaves it out and lists it.
     Raises UserError, too, when nothing can be read or no example is left.
@@ -157,9 +159,11 @@ def _benchmark(
         )
     for number, (score, feedback) in enumerate(zip(scores, feedbacks, strict=True), 1):
         # What a judge wrote is a label, even where the file has it as a number.
-        score = str(score) if isinstance(score, int) and str(score) in scale else score
+        score = _as_label(score) if _as_label(score) in scale else score
         draft = {"prompt": fields.get("instruction"), "rationale": feedback, "score": score}
-        yield f"{where}#{number}", {k: v for k, v in draft.items() if v is not None}
+        if "id" in fields:
+            draft["id"] = f"{_name(fields, 'id')}#{number}"
+        yield f"{where}#{number}", {k: v for k, v in draft.items() if v is not None} | _extras(fields)
 
 
 def _collection(fields: dict[str, Any], scale: dict[str, float]) -> dict[str, Any]:
@@ -179,7 +183,13 @@ def _collection(fields: dict[str, Any], scale: dict[str, float]) -> dict[str, An
         raise _Broken(f"output has no score: neither '[RESULT] n' nor 'So the overall score is n' ({output[-40:]!r})")
     if len(set(found.values())) > 1:
         raise _Broken("output has two scores: " + " and ".join(f"{v} in {k}" for k, v in found.items()))
-    return {"prompt": prompt, "rationale": output, "score": next(iter(found.values()))}
+    own = {"id": fields["id"]} if "id" in fields else {}
+    return {"prompt": prompt, "rationale": output, "score": next(iter(found.values()))} | own | _extras(fields)
+
+
+def _extras(fields: dict[str, Any]) -> dict[str, Any]:
+    """What any record may carry."""
+    return {name: fields[name] for name in ("weight", "question") if name in fields}
 
 
 def _example(where: str, fields: dict[str, Any], scale: dict[str, float], rationale: str) -> Example:
@@ -200,6 +210,7 @@ def _example(where: str, fields: dict[str, Any], scale: dict[str, float], ration
         raise _Broken(f"weight = {weight!r}: write a number above 0")
     return Example(
         id=_name(fields, "id") if "id" in fields else where,
+        where=where,
         prompt=prompt,
         rationale=text,
         score=_score(fields.get("score"), scale),
@@ -209,8 +220,8 @@ def _example(where: str, fields: dict[str, Any], scale: dict[str, float], ration
 
 
 def cut_rationale(text: str) -> str:
-    """The reasoning before a verdict: up to the first "So the overall", else up to "[RESULT]", without outer space."""
-    before, verdict, _ = text.partition("So the overall")
+    """The reasoning before the first verdict ("So the overall", "therefore, the overall score is"), else "[RESULT]"."""
+    before, *verdict = VERDICT.split(text, maxsplit=1)
     return (before if verdict else text.partition("[RESULT]")[0]).strip()
 
 
@@ -244,13 +255,18 @@ def _score(raw: Any, scale: dict[str, float]) -> float:
     if isinstance(raw, str) and raw.strip() in scale:
         return scale[raw.strip()]
     if _is_number(raw) and ends[0] <= raw <= ends[1]:
-        if scale.get(str(raw), raw) != raw:
+        if scale.get(_as_label(raw), raw) != raw:
             raise _Broken(f'score = {raw} is a label and another label\'s value: write the label as a text, "{raw}"')
         return float(raw)
     raise _Broken(
         f"score = {raw!r:.40} is not on the scale: write one of the labels {', '.join(scale)} as a text, or a number "
         f"from {ends[0]:g} to {ends[1]:g} (score.labels, score.values)"
     )
+
+
+def _as_label(raw: Any) -> Any:
+    """A whole number as the label it may be: tables hold 4 as 4.0."""
+    return str(int(raw)) if _is_number(raw) and raw == int(raw) else raw
 
 
 def _is_number(value: Any) -> bool:

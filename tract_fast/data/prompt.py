@@ -15,6 +15,7 @@ import jinja2
 import numpy as np
 from rich.text import Text
 
+from tract_fast.data.records import Skipped
 from tract_fast.data.scores import ANCHORS, SENTENCE, ScoreScale
 from tract_fast.errors import UserError
 
@@ -118,12 +119,7 @@ def render_prompt(tokenizer: Any, prompt: str, chat_template_kwargs: Mapping[str
         ) from error
 
 
-def encode(tokenizer: Any, scale: ScoreScale, example: Example, chat_template_kwargs: Mapping[str, Any]) -> Encoded:
-    """Token ids of one example. Raises UserError when its rationale holds the EOS token, or on a failing template."""
-    return _encode_chunk(tokenizer, scale, [example], chat_template_kwargs)[0]
-
-
-def encode_all(
+def encode(
     tokenizer: Any,
     scale: ScoreScale,
     examples: Sequence[Example],
@@ -131,29 +127,46 @@ def encode_all(
     chat_template_kwargs: Mapping[str, Any],
     max_len: int,
     max_dropped: float,
-    rationale: str,
-) -> tuple[list[Encoded], list[tuple[str, int]]]:
-    """Encode ``examples`` in order; those of more than ``max_len`` tokens are left out and returned as (id, length).
+    on_error: str,
+) -> tuple[list[Encoded], list[Skipped]]:
+    """Encode ``examples`` in order; returns those that were encoded and those that were left out.
 
-    Nothing is ever cut: the score is at the end. ``rationale`` "drop" leaves the rationales out. Raises UserError when
-    more than the share ``max_dropped`` is too long, and as ``encode`` does.
+    Left out are examples of more than ``max_len`` tokens: nothing is ever cut, since the score is at the end. So is,
+    with ``on_error`` "skip", a rationale that holds one of the tokenizer's special tokens, such as EOS, which would end
+    it there; "fail" raises. Raises UserError, too, when more than the share ``max_dropped`` is too long, and where the
+    chat template fails.
     """
     kept: list[Encoded] = []
-    dropped: list[tuple[str, int]] = []
+    left_out: list[Skipped] = []
+    too_long: list[int] = []
     for start in range(0, len(examples), CHUNK):
         chunk = examples[start : start + CHUNK]
-        for encoded in _encode_chunk(tokenizer, scale, chunk, chat_template_kwargs, rationale == "drop"):
-            if len(encoded.ids) > max_len:
-                dropped.append((encoded.id, len(encoded.ids)))
+        for example, encoded in zip(chunk, _encode_chunk(tokenizer, scale, chunk, chat_template_kwargs), strict=True):
+            if isinstance(encoded, str):
+                if on_error == "fail":
+                    raise UserError(f"{example.where}: {encoded}; data.on_error: skip leaves such records out")
+                left_out.append(Skipped(example.where, encoded))
+            elif len(encoded.ids) > max_len:
+                too_long.append(len(encoded.ids))
+                left_out.append(
+                    Skipped(example.where, f"{len(encoded.ids)} tokens, more than data.max_len = {max_len}")
+                )
             else:
                 kept.append(encoded)
-    if len(dropped) > max_dropped * len(examples):
+    if len(too_long) > max_dropped * len(examples):
         raise UserError(
-            f"data.max_len = {max_len}: {len(dropped)} of {len(examples)} examples are longer (the longest has "
-            f"{max(length for _, length in dropped)} tokens), and data.max_dropped = {max_dropped} allows a share of "
+            f"data.max_len = {max_len}: {len(too_long)} of {len(examples)} examples are longer (the longest has "
+            f"{max(too_long)} tokens), and data.max_dropped = {max_dropped} allows a share of "
             f"{max_dropped:.1%}; raise data.max_len, or data.max_dropped to train without them"
         )
-    return kept, dropped
+    return kept, left_out
+
+
+def control_tokens(tokenizer: Any, examples: Sequence[Example]) -> dict[str, int]:
+    """How many prompts hold each of the tokenizer's special tokens as text, which it will read as control tokens."""
+    prompts = {e.prompt for e in examples}
+    counts = {token: sum(token in prompt for prompt in prompts) for token in tokenizer.all_special_tokens}
+    return {token: count for token, count in counts.items() if count}
 
 
 def _encode_chunk(
@@ -161,16 +174,21 @@ def _encode_chunk(
     scale: ScoreScale,
     examples: Sequence[Example],
     chat_template_kwargs: Mapping[str, Any],
-    drop_rationales: bool = False,
-) -> list[Encoded]:
+) -> list[Encoded | str]:
+    """Each example encoded, or what is wrong with it."""
     prompts = list(dict.fromkeys(e.prompt for e in examples))  # a prompt often has several judgements
     rendered = [render_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
     prompt_ids = dict(zip(prompts, _tokenize(tokenizer, rendered), strict=True))
-    rationales = _tokenize(tokenizer, ["" if drop_rationales else e.rationale for e in examples])
-    encoded = []
+    rationales = _tokenize(tokenizer, [e.rationale for e in examples])
+    special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        special.pop(tokenizer.unk_token_id, None)  # any text may hold a character that the tokenizer lacks
+    encoded: list[Encoded | str] = []
     for e, rationale_ids in zip(examples, rationales, strict=True):
-        if scale.eos_id in rationale_ids:
-            raise UserError(f"{e.id}: the rationale holds {tokenizer.eos_token!r}, which would end it there; remove it")
+        found = special.keys() & set(rationale_ids)
+        if found:
+            encoded.append(f"the rationale holds {special[min(found)]!r}, which is a control token: remove it")
+            continue
         label_index = scale.nearest(e.score)
         target = [*rationale_ids, *scale.prefix_ids, scale.token_ids[label_index], scale.eos_id]
         encoded.append(
@@ -196,7 +214,6 @@ def check_tokenizer(tokenizer: Any, scale: ScoreScale, chat_template_kwargs: Map
 
     - the chat template leaves the prompt out;
     - the BOS that the template writes is doubled, is not one token, or is joined by one from encoding;
-    - the EOS of the scale is not the tokenizer's;
     - prompt and reply, tokenized apart as generation has them, differ from the text tokenized whole.
     """
     prompt = "Is 7 a prime number?"
@@ -211,10 +228,6 @@ def check_tokenizer(tokenizer: Any, scale: ScoreScale, chat_template_kwargs: Map
         raise UserError(f"the tokenizer adds a BOS {bos!r} to a text even with add_special_tokens=False")
     if bos and ids[:2] == [bos_id, bos_id]:
         raise UserError(f"the rendered prompt starts with the BOS {bos!r} twice: take one out of the chat template")
-    if scale.eos_id != tokenizer.eos_token_id:
-        raise UserError(
-            f"the score scale ends in token {scale.eos_id}, the tokenizer's EOS is {tokenizer.eos_token_id}"
-        )
     for reply in (ANCHORS[0], SENTENCE + scale.labels[0]):
         (reply_ids,) = _tokenize(tokenizer, [reply])
         # SentencePiece tokenizers put a space before a text of its own, so a reply starts with one.

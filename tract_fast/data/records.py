@@ -140,7 +140,7 @@ def _decode_line(raw: bytes, decoder: json.JSONDecoder, problems: list[str]) -> 
     except UnicodeDecodeError as error:
         problems.insert(0, f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8")
     except json.JSONDecodeError as error:
-        hint = "; a record is one line, or the file is one list [...]" if raw in (b"{", b"[") else ""
+        hint = "; a record is one line (a list of records belongs in a .json file)" if raw in (b"{", b"[") else ""
         problems.insert(0, f"not JSON: {error.msg} at column {error.colno}{hint}")
     except RecursionError:
         problems.insert(0, "not a record: brackets nested too deep")
@@ -269,6 +269,10 @@ def _hub(source: str) -> Iterator[Record]:
         raise UserError(f"{source} is no file here, and hub data sets need the package datasets: install it") from None
     try:
         rows = datasets.load_dataset(name, split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise UserError(
+            f"{source}, split {split!r}, was found and cannot be read: {_first_line(error.__cause__ or error)}"
+        )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{source} is no file here, and the Hugging Face hub did not give it, split {split!r} "
