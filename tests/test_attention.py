@@ -81,7 +81,7 @@ def plain_varlen(has_gqa):
         assert enable_gqa is (has_gqa and q.shape[1] != k.shape[1]) and (has_gqa or q.shape[1] == k.shape[1])
         out = []
         for qq, kk, vv in zip(
-            q.split(cu_q.diff().tolist()), k.split(cu_k.diff().tolist()), v.split(cu_k.diff().tolist())
+            q.split(cu_q.diff().tolist()), k.split(cu_k.diff().tolist()), v.split(cu_k.diff().tolist()), strict=True
         ):
             kk, vv = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (kk, vv))
             back = (torch.arange(len(qq)) + len(kk) - len(qq))[:, None] - torch.arange(len(kk))

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,11 @@ from tract_fast.errors import UserError
 from tract_fast.model import DTYPES, TractModel, load_lm, load_tokenizer, lora_config, round_to
 from tract_fast.recipe import Recipe
 
+EXPORT_WARNINGS = (  # of libraries, about what is meant to be so
+    "torch.distributed is disabled",  # one process reads the checkpoint
+    "Could not find a config file",  # a GGUF file carries its own
+    "`is_gradient_checkpointing` is deprecated",  # peft still asks for it
+)
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -211,6 +217,8 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
     if source is None or not (source / "state.json").is_file():
         raise UserError(f"{run_dir} holds no checkpoint{f' of step {step}' if step is not None else ''} to export")
     make_folder(out, "--out")
+    for harmless in EXPORT_WARNINGS:
+        warnings.filterwarnings("ignore", message=harmless)
     recipe = recipes.load(run_dir / "recipe.yaml", [])
     tokenizer = load_tokenizer(recipe.model)
     scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)

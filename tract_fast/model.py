@@ -134,8 +134,8 @@ def load_config(model: Model):
         raise UserError(f"model.path = {model.path} is quantised: training needs the model in 16 or 32 bits")
     if getattr(text, "attention_dropout", 0.0):
         raise UserError(
-            f"model.path = {model.path}: attention_dropout is {text.attention_dropout}, which packed attention does not "
-            "compute: set it to 0 in config.json"
+            f"model.path = {model.path}: attention_dropout is {text.attention_dropout}, which packed attention does "
+            "not compute: set it to 0 in config.json"
         )
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(f"model.path = {model.path}: {kind} is an encoder-decoder; a causal LM is needed")

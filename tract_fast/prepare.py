@@ -111,8 +111,8 @@ def _read(recipe: Recipe, say, left_out: list) -> tuple[list, list]:
     whole = len({e.prompt for e in (*train, *held_out) if e.question == e.prompt}) if held_out else 0
     if whole:
         say(
-            f"warning: {whole} prompts have no field question and no heading {feedback.RESPONSE_HEADING!r}: each counts "
-            "as a question of its own, so responses to one question may be both trained on and held out"
+            f"warning: {whole} prompts have no field question and no heading {feedback.RESPONSE_HEADING!r}: each "
+            "counts as a question of its own, so responses to one question may be both trained on and held out"
         )
     shared = feedback.question_overlap(train, held_out)
     if shared:

@@ -33,8 +33,8 @@ RESPONSE_HEADING = "###Response to evaluate"
 class Example:
     """One judgement. ``score`` is a value of the scale, or a mean of annotators between two of them.
 
-    ``where`` is its place in a file, for messages; ``rationale`` is empty when rationales are dropped. ``question`` is what a split must keep together; ``weight`` is
-    relative to the other examples.
+    ``where`` is its place in a file, for messages; ``rationale`` is empty when rationales are dropped. ``question`` is
+    what a split must keep together; ``weight`` is relative to the other examples.
     """
 
     id: str

@@ -272,7 +272,7 @@ def _hub(source: str) -> Iterator[Record]:
     except datasets.exceptions.DatasetGenerationError as error:
         raise UserError(
             f"{source}, split {split!r}, was found and cannot be read: {_first_line(error.__cause__ or error)}"
-        )
+        ) from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"{source} is no file here, and the Hugging Face hub did not give it, split {split!r} "
