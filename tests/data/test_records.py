@@ -163,7 +163,7 @@ def test_list_error_names_record_and_place(path):
         (b"a,b", ".csv", "a data file is .jsonl, .json or .parquet; write JSON Lines"),
         (b"{}", "", "a data file is .jsonl, .json or .parquet"),
         ('{"a": 1}'.encode("utf-16"), ".json", "is UTF-16: save it as UTF-8"),
-        (gzip.compress(b"{}"), ".jsonl", "is compressed"),
+        (gzip.compress(b"{}", mtime=0), ".jsonl", "is compressed"),
         (b"PAR1", ".parquet", "not a whole Parquet file"),
     ],
 )
