@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import checkpoint, recipe as recipes, train
@@ -104,6 +105,28 @@ def test_an_error_that_is_not_the_disks_is_not_called_one(tmp_path, monkeypatch)
         train.run(tiny_recipe(tmp_path, train__max_steps=1))
 
 
+def test_ctrl_c_while_saving_is_an_interruption(tmp_path, monkeypatch):
+    """The checkpoint library wraps it like a failed write."""
+
+    def interrupted(*args, **kwargs):
+        raise CheckpointException("save", {0: (KeyboardInterrupt(), None)})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(tiny_recipe(tmp_path, train__max_steps=1))
+
+
+def test_files_can_be_read_by_others(tmp_path):
+    before = os.umask(0o022)
+    try:
+        train.run(tiny_recipe(tmp_path, train__max_steps=1))
+        judge = checkpoint.export(tmp_path / "run")
+    finally:
+        os.umask(before)
+    files = [p for p in [*(tmp_path / "run").rglob("*"), *judge.iterdir()] if p.is_file()]
+    assert len(files) > 8 and all(p.stat().st_mode & 0o044 == 0o044 for p in files)
+
+
 def test_pointer_to_nothing(tmp_path):
     folder = checkpoint.folder(tmp_path)
     folder.mkdir()
@@ -128,7 +151,10 @@ def test_export_after_full_fine_tuning(tmp_path, family):
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert [tokenizer.decode([i]).strip() for i in tract["token_ids"]] == tract["labels"] == ["1", "2", "3", "4", "5"]
     assert tract["values"] == [1, 2, 3, 4, 5] and tract["normalize"] == "scores"
-    assert "###Score Rubrics" in tract["prompt_template"]
+    assert tract["prompt_template"] is None, "these prompts are the data's own"
+    with_template = checkpoint.Progress(step=6, fingerprint="", template=True)
+    found = checkpoint.find_scale(tokenizer, ("1", "2"), (1, 2), rationale="keep")
+    assert "###Score Rubrics" in checkpoint.describe(recipe, found, with_template)["prompt_template"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -11,6 +11,7 @@ import torch
 
 from tests.tiny_runs import tiny_recipe, write_data
 from tract_fast import estimate, log, model, train
+from tract_fast.data import prompt
 from tract_fast.data.batch import collate, normalizer
 from tract_fast.errors import UserError
 from tract_fast.prepare import prepare
@@ -62,7 +63,7 @@ def test_broken_records_are_skipped_and_listed(tmp_path):
         records[7]["rationale"] = "It ends <|im_end|> here."
 
     edited(tmp_path, spoil)
-    with pytest.raises(UserError, match=r'^data.jsonl:4: the field "score" is missing'):
+    with pytest.raises(UserError, match=r'^data.train: data.jsonl:4: the field "score" is missing'):
         prepared(tiny_recipe(tmp_path))
     data, said = prepared(tiny_recipe(tmp_path, data__on_error="skip", data__holdout=0.0))
     assert len(data.train) == 22
@@ -92,6 +93,24 @@ def test_rationales_dropped(tmp_path):
     data, _ = prepared(tiny_recipe(tmp_path, data__rationale="drop"))
     target = data.tokenizer.decode(data.train[0].ids[data.train[0].prompt_len :])
     assert target.startswith("So the overall score is ")
+
+
+def test_a_batch_larger_than_the_data_is_told(tmp_path):
+    _, said = prepared(tiny_recipe(tmp_path, train__batch=100, data__holdout=0.0))
+    assert "warning: train.batch = 100 is more than the 24 training examples" in said
+
+
+def test_fields_that_nothing_reads_are_told(tmp_path):
+    edited(tmp_path, lambda records: [r.update(weigth=2) for r in records[:5]])
+    _, said = prepared(tiny_recipe(tmp_path))
+    assert "fields that nothing reads: weigth (5); those that are read are prompt, rationale, score, weight" in said
+
+
+def test_prompts_of_the_feedback_collection_are_known(tmp_path, monkeypatch):
+    assert not prepared(tiny_recipe(tmp_path))[0].template
+    monkeypatch.setattr(prompt, "TEMPLATE", "Judge this: {orig_response}")  # the real one is longer than tiny contexts
+    edited(tmp_path, lambda records: [r.update(prompt=f"Judge this: {r['prompt']}") for r in records])
+    assert prepared(tiny_recipe(tmp_path))[0].template
 
 
 def test_plan_counts_what_training_does(tmp_path):

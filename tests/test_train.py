@@ -182,6 +182,8 @@ def test_resume_refuses_another_recipe(tmp_path):
     train.run(recipe)
     with pytest.raises(UserError, match=r"train.lr was 0.001, is 0.5.*choose another run.dir"):
         train.run(tiny_recipe(tmp_path, train__max_steps=2, train__lr=0.5))
+    with pytest.raises(UserError, match=r"train.max_steps = 1: .* has 2 steps; write 2 or more"):
+        train.run(tiny_recipe(tmp_path, train__max_steps=1))
     with pytest.raises(UserError, match=r"run.resume = never"):
         train.run(tiny_recipe(tmp_path, train__max_steps=2, run__resume="never"))
     assert train.run(tiny_recipe(tmp_path, train__max_steps=3)) == 0, "max_steps may grow"

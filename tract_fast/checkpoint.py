@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -44,10 +44,12 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: ``step`` optimizer steps are done, on data with this fingerprint."""
+    """Where a run stands: ``step`` optimizer steps are done, on data with this fingerprint, which has the prompts of
+    the Feedback Collection (``prompt.TEMPLATE``) or others."""
 
     step: int
     fingerprint: str
+    template: bool
 
 
 def folder(run_dir: Path) -> Path:
@@ -87,6 +89,7 @@ def replace_file(path: Path, text: str) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
+            make_readable(Path(name))
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -95,6 +98,13 @@ def replace_file(path: Path, text: str) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     _sync(path.parent)
+
+
+def make_readable(path: Path) -> None:
+    """The mode of a new file; those of ``tempfile`` and of safetensors are their owner's alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _sync(path: Path) -> None:
@@ -149,7 +159,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         cause = _root_cause(error)
         if not isinstance(cause, (OSError, SafetensorError)):
-            raise
+            raise cause from error  # such as Ctrl-C, which the library wraps as well
         raise OSError(f"checkpoint of step {progress.step} could not be written: {_one_line(cause)}") from error
     dist.barrier()
     return final
@@ -158,8 +168,7 @@ def save(
 def _commit(partial: Path, final: Path, progress: Progress, keep_last: int) -> None:
     for file in partial.iterdir():
         _sync(file)
-    state = {"step": progress.step, "fingerprint": progress.fingerprint, "world": dist.get_world_size()}
-    replace_file(partial / "state.json", json.dumps(state))
+    replace_file(partial / "state.json", json.dumps(asdict(progress) | {"world": dist.get_world_size()}))
     if final.exists():  # an earlier run was stopped between rename and pointer
         shutil.rmtree(final)
     os.rename(partial, final)
@@ -185,8 +194,13 @@ def _one_line(error: BaseException) -> str:
 def load(path: Path, model: TractModel, optimizer: torch.optim.Optimizer) -> Progress:
     """Restore parameters and optimizer state in place from a checkpoint of this run; returns where it stood."""
     _read(path, training_state(model, optimizer))
+    return progress(path)
+
+
+def progress(path: Path) -> Progress:
+    """Where the run stood at a checkpoint."""
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Progress(step=saved["step"], fingerprint=saved["fingerprint"])
+    return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
 
 
 def _read(path: Path, into: dict[str, Tensor], **options) -> None:
@@ -222,7 +236,7 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
     recipe = recipes.load(run_dir / "recipe.yaml", [])
     tokenizer = load_tokenizer(recipe.model)
     scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)
-    description = json.dumps(describe(recipe, scale), indent=2, ensure_ascii=False) + "\n"
+    description = json.dumps(describe(recipe, scale, progress(source)), indent=2, ensure_ascii=False) + "\n"
     dtype = DTYPES[recipe.model.dtype]
     lm = load_lm(recipe.model, dtype=torch.float32, attention_name="eager")  # every family has it
     weights = trained_weights(source)
@@ -237,6 +251,8 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
     for target in folders:
         tokenizer.save_pretrained(target)
         (target / "tract.json").write_text(description, encoding="utf-8")
+        for file in target.glob("*.safetensors"):
+            make_readable(file)
     return out
 
 
@@ -284,12 +300,15 @@ def _export_lora(lm, recipe: Recipe, weights: dict[str, Tensor], dtype: torch.dt
         after = merged(probe).logits.float()
     error = ((after - before).norm() / before.norm()).item()
     print(f"merged and written in {recipe.model.dtype}: logits differ by {error:.1e} (relative)")
+    if recipe.model.gguf_file or recipe.model.path.startswith("package:"):
+        print("the adapter's base is a GGUF file: load that with gguf_file=..., or use the merged folder")
     merged.save_pretrained(out / "merged")
     return [out / "adapter", out / "merged"]
 
 
-def describe(recipe: Recipe, scale: ScoreScale) -> dict:
-    """``tract.json``: what a judge needs besides its weights."""
+def describe(recipe: Recipe, scale: ScoreScale, progress: Progress) -> dict:
+    """``tract.json``: what a judge needs besides its weights. ``prompt_template`` is null where prompts were the data's
+    own."""
     return {
         "format": 1,
         "labels": list(scale.labels),
@@ -299,7 +318,7 @@ def describe(recipe: Recipe, scale: ScoreScale) -> dict:
         "normalize": recipe.loss.normalize,
         "rationale": recipe.data.rationale,
         "chat_template_kwargs": recipe.data.chat_template_kwargs,
-        "prompt_template": prompt.TEMPLATE,
+        "prompt_template": prompt.TEMPLATE if progress.template else None,
         "score_sentence": SENTENCE,
         "base_model": recipe.model.path,
         "dtype": recipe.model.dtype,

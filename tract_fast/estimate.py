@@ -8,6 +8,7 @@ itself, and memory that the allocator does not give back between tensors. ``docs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from tract_fast import optim, recipe as recipes
+from tract_fast import attention, optim, recipe as recipes
 from tract_fast.data import batch as batches, prompt
 from tract_fast.data.prompt import Encoded
 from tract_fast.model import DTYPES, add_lora
@@ -127,20 +128,27 @@ def _meta_model(recipe: Recipe, config) -> nn.Module:
     return lm
 
 
-def show(recipe: Recipe, data: Prepared) -> None:
-    """Print all of it; nothing is trained or written."""
+def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
+    """Print all of it; nothing is trained or written. ``start`` is the checkpoint that the run would go on from."""
     console = Console(highlight=False, soft_wrap=True)
     console.rule("recipe")
     console.print(recipes.dump(recipe), markup=False)
     step = plan(recipe, data.train)
     console.rule("plan")
-    rates = [optim.learning_rate(s, step.steps, recipe.train) for s in range(step.steps)]
+    first, last = (optim.learning_rate(s, step.steps, recipe.train) for s in (0, step.steps - 1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    caps = bool(getattr(data.config.get_text_config(), "attn_logit_softcapping", None))
+    name, reason = attention.resolve_attention(recipe.model.attention, device, DTYPES[recipe.model.dtype], caps)
+    sequences = min(recipe.train.batch, len(data.train))
     console.print(
-        f"{step.steps} steps = {step.epochs:.2f} epochs of {len(data.train)} examples; {recipe.train.batch} sequences, "
+        f"{step.steps} steps = {step.epochs:.2f} epochs of {len(data.train)} examples; {sequences} sequences, "
         f"{step.tokens_per_step:.0f} tokens and {step.micro_batches:.1f} micro-batches a step "
         f"(first {step.planned} steps packed)\n"
-        f"lr {rates[0]:.2e} at first, {max(rates):.2e} at most, {rates[-1]:.2e} at last; "
-        f"{len(data.held_out)} held-out examples; {len(data.left_out)} records left out"
+        f"lr {first:.2e} at first, {recipe.train.lr:.2e} at its peak, {last:.2e} at last; "
+        f"{len(data.held_out)} held-out examples; {len(data.left_out)} records left out\n"
+        f"device {device}; attention {name} ({reason})\n"
+        f"{recipe.run.dir}: {f'goes on from {start.name}' if start else 'a new run'}",
+        markup=False,
     )
     console.rule("memory (estimate, one rank)")
     table = Table("what", "MiB", box=None)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from tract_fast import perf
 from tract_fast.checkpoint import replace_file
@@ -49,26 +51,28 @@ class Tracker(NamedTuple):
     close: Callable[[], None]
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Raise UserError for the first of ``train.trackers`` that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"train.trackers names {name}, which is not installed: pip install {name}")
+
+
 def open_tracker(name: str, run_dir: Path, recipe: dict, done: int) -> Tracker:
-    """Open one of ``train.trackers`` for a run that has ``done`` steps. Raises UserError where it is not installed."""
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    """Open one of ``train.trackers`` for a run that has ``done`` steps."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            # what a killed run wrote after the checkpoint is written again
-            writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
+        # what a killed run wrote after the checkpoint is written again
+        writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1 if done else None)
 
-            def write(step: int, values: dict[str, float]) -> None:
-                for key, value in values.items():
-                    writer.add_scalar(key, value, step)
-                writer.flush()
+        def write(step: int, values: dict[str, float]) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()
 
-            return Tracker(write, writer.close)
-        tracker = importlib.import_module(name)  # wandb, and trackio, which has its calls
-    except ImportError as error:
-        raise UserError(
-            f"train.trackers names {name}, which is not installed: pip install 'tract-fast[track]'"
-        ) from error
+        return Tracker(write, writer.close)
+    tracker = importlib.import_module(name)  # wandb, and trackio, which has its calls
     tracker.init(project="tract-fast", name=run_dir.name, config=recipe)
     return Tracker(lambda step, values: tracker.log(values, step=step), tracker.finish)
 
@@ -85,14 +89,14 @@ class RunLog:
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if loud else None
         self.bar = None
         if loud and self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[now]}"),
+            columns = (  # what must be seen on a narrow terminal first; metrics are cut off before it
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total)) + 1)),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=12)),
+                BarColumn(bar_width=12, table_column=Column(min_width=6)),
+                TextColumn("{task.fields[now]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             )
             self.bar = Progress(*columns, console=self.console, transient=True)
-            self.task = self.bar.add_task("training", total=total, completed=done, now="")
+            self.task = self.bar.add_task("starting", total=total, completed=done, now="")
             self.bar.start()
 
     def __enter__(self) -> RunLog:
@@ -119,12 +123,17 @@ class RunLog:
             f"mass {record['score_mass']:.3f}  "
             f"mae {record['score_mae']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
             f"{record['tokens'] / record['seconds']:.0f} tok/s  "
-            f"{perf.peak_memory(self.device) / 2**30:.1f} GiB  left {left}"
+            f"{perf.peak_memory(self.device) / 2**30:.1f} GiB"
         )
         if self.bar:
-            self.bar.update(self.task, completed=record["step"], now=now)
+            self.bar.update(self.task, completed=record["step"], now=now, description=f"{left} left")
         else:
-            self.say(f"step {record['step']}/{self.total}  {now}")
+            self.say(f"step {record['step']}/{self.total}  {now}  left {left}")
+
+    def evaluating(self, count: int) -> None:
+        """Held-out examples are being scored, which may take minutes."""
+        if self.bar:
+            self.bar.update(self.task, description="evaluating", now=f"{count} held-out examples")
 
     def evaluation(self, step: int, metrics: dict[str, Any]) -> None:
         """Held-out metrics after ``step`` steps."""

@@ -25,6 +25,7 @@ from tract_fast.recipe import Lora, Model, Recipe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # what packed attention computes
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*")  # a folder has one of these
 
 
 class TractModel(nn.Module):
@@ -113,6 +114,9 @@ def load_tokenizer(model: Model):
     """The model's tokenizer. Raises UserError where the folder has none."""
     from transformers import AutoTokenizer
 
+    folder = Path(locate(model)["pretrained_model_name_or_path"])
+    if folder.is_dir() and "gguf_file" not in locate(model) and not any(map(folder.glob, TOKENIZER_FILES)):
+        raise UserError(f"model.path = {model.path} has no tokenizer: copy the base model's tokenizer files into it")
     return _from_pretrained(AutoTokenizer, model, "the tokenizer")
 
 
@@ -203,7 +207,10 @@ def add_lora(lm: nn.Module, lora: Lora, dtype: torch.dtype, seed: int) -> None:
     try:
         inject_adapter_in_model(lora_config(lora), lm)
     except ValueError as error:
-        raise UserError(f"lora.targets = {lora.targets}: {error}") from error
+        linear = {name.rpartition(".")[2] for name, m in lm.named_modules() if type(m) is nn.Linear and m is not head}
+        raise UserError(
+            f"lora.targets = {list(lora.targets)}: not all are layers of this model; it has {', '.join(sorted(linear))}"
+        ) from error
     wrapped = [name for name, m in lm.named_modules() if getattr(m, "base_layer", None) is not None]
     tied = lm.get_input_embeddings()
     if lm.get_output_embeddings() is not head or hasattr(tied, "base_layer"):

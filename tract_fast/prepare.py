@@ -28,6 +28,7 @@ class Prepared:
     train: list[Encoded]
     held_out: list[Encoded]
     left_out: list[dict[str, str]] = field(default_factory=list)
+    template: bool = False  # every training prompt is one of the Feedback Collection's
 
     @cached_property
     def fingerprint(self) -> str:
@@ -44,13 +45,13 @@ class Prepared:
 
 def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
     """Read, split and encode the data; ``say`` receives one line per fact worth knowing. Raises UserError."""
+    left_out: list[dict[str, str]] = []
+    train, held_out = _read(recipe, say, left_out)
     tokenizer = load_tokenizer(recipe.model)
     config = load_config(recipe.model)
     scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)
     prompt.check_tokenizer(tokenizer, scale, recipe.data.chat_template_kwargs)
     say(f"score: tokens {_tokens(tokenizer, scale.token_ids)} after {tokenizer.decode(list(scale.prefix_ids))!r}")
-    left_out: list[dict[str, str]] = []
-    train, held_out = _read(recipe, say, left_out)
     options = {
         "chat_template_kwargs": recipe.data.chat_template_kwargs,
         "max_len": recipe.data.max_len,
@@ -70,6 +71,11 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
     if not encoded[0]:
         raise UserError(f"data.train = {recipe.data.train}: no example is left to train on")
     _check_lengths(recipe, config, encoded[0] + encoded[1])
+    if recipe.train.batch > len(encoded[0]):
+        say(
+            f"warning: train.batch = {recipe.train.batch} is more than the {len(encoded[0])} training examples: every "
+            "step has all of them"
+        )
     say(f"data: {len(encoded[0])} train and {len(encoded[1])} held-out examples, {_length_summary(encoded[0])}")
     return Prepared(
         tokenizer=tokenizer,
@@ -78,6 +84,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
         train=encoded[0],
         held_out=encoded[1],
         left_out=left_out,
+        template=all(e.prompt.startswith(prompt.TEMPLATE.partition("{")[0]) for e in train),
     )
 
 
@@ -91,8 +98,11 @@ def _read(recipe: Recipe, say, left_out: list) -> tuple[list, list]:
         "on_error": data.on_error,
     }
 
-    def read(source: str) -> list:
-        loaded = feedback.read_examples(source, **options)
+    def read(setting: str, source: str) -> list:
+        try:
+            loaded = feedback.read_examples(source, **options)
+        except UserError as error:
+            raise UserError(f"{setting}: {error}") from error
         left_out.extend({"where": s.where, "why": s.why} for s in loaded.skipped)
         if loaded.skipped:
             first = loaded.skipped[0]
@@ -101,9 +111,9 @@ def _read(recipe: Recipe, say, left_out: list) -> tuple[list, list]:
             say(f"data: {note}")
         return loaded.examples
 
-    train, held_out = read(data.train), []
+    train, held_out = read("data.train", data.train), []
     if data.eval is not None:
-        held_out = read(data.eval)
+        held_out = read("data.eval", data.eval)
     elif data.holdout:
         train, held_out = feedback.split_by_question(train, data.holdout, recipe.train.seed)
     if data.limit is not None:

@@ -110,7 +110,12 @@ class Data:
         _require(self.eval != "", "data.eval", repr(self.eval), "must name a file or a hub data set, or be null")
         _require(0 <= self.holdout < 1, "data.holdout", self.holdout, "must be at least 0 and below 1")
         both = self.eval is not None and self.holdout > 0
-        _require(not both, "data.holdout", self.holdout, f"data.eval is {self.eval}; set one of the two only")
+        _require(
+            not both,
+            "data.holdout",
+            self.holdout,
+            f"data.eval is {self.eval}; set one of the two only: data.holdout 0 or data.eval null",
+        )
         _require(self.limit is None or self.limit > 0, "data.limit", self.limit, "must be above 0, or null")
         _require(self.max_len > 0, "data.max_len", self.max_len, "must be above 0")
         _require(0 <= self.max_dropped <= 1, "data.max_dropped", self.max_dropped, "must be a share from 0 to 1")
@@ -132,7 +137,7 @@ class Score:
         odd = [label for label in self.labels if label != label.strip()]
         _require(not odd, "score.labels", odd, "must have no space around them: the score sentence has its own")
         _require(len(set(self.labels)) == len(self.labels), "score.labels", list(self.labels), "must all differ")
-        rule = f"must be as many as score.labels ({len(self.labels)})"
+        rule = f"must be as many as score.labels ({len(self.labels)}), such as {list(range(1, len(self.labels) + 1))}"
         _require(len(self.values) == len(self.labels), "score.values", list(self.values), rule)
         _require(len(set(self.values)) == len(self.values), "score.values", list(self.values), "must all differ")
 

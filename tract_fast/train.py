@@ -61,10 +61,11 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
     say = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
     for warning in recipe.warnings():
         say(f"warning: {warning}")
-    if dry_run:
-        estimate.show(recipe, prepare(recipe, say))
-        return 0
+    log.check_trackers(recipe.train.trackers)
     start = resume_point(recipe)
+    if dry_run:
+        estimate.show(recipe, prepare(recipe, say), start)
+        return 0
     checkpoint.make_folder(Path(recipe.run.dir), "run.dir")
     with shard.start_ranks() as ranks:
         say(f"device: {ranks.device}, rank {ranks.rank} of {ranks.world}, {torch.get_num_threads()} threads")
@@ -111,6 +112,9 @@ def resume_point(recipe: Recipe) -> Path | None:
     if changed:
         details = "; ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in changed)
         raise UserError(f"run.dir = {run_dir} holds {found.name} of another recipe ({details}): choose another run.dir")
+    done, steps = checkpoint.progress(found).step, recipe.train.max_steps
+    if steps is not None and steps < done:
+        raise UserError(f"train.max_steps = {steps}: run.dir = {run_dir} has {done} steps; write {done} or more")
     return found
 
 
@@ -124,6 +128,10 @@ def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
             f"data.train = {job.recipe.data.train} is not what {start} was trained on: choose another run.dir"
         )
     say(f"resume: going on after step {progress.step} from {start}")
+    before = recipes.load(job.run_dir / "recipe.yaml", []).train
+    now = job.recipe.train
+    if (before.max_steps, before.epochs) != (now.max_steps, now.epochs) and now.schedule != "constant":
+        say(f"resume: the {now.schedule} schedule is now over {job.total} steps, so the learning rate jumps")
     return progress.step
 
 
@@ -166,8 +174,9 @@ class StopSignal:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        hint = b"; Ctrl-C again ends at once" if number == signal.SIGINT else b""
         # not print: a handler may interrupt one
-        os.write(2, b"stopping after the next step, with a checkpoint; Ctrl-C twice ends at once\n")
+        os.write(2, b"stopping after the next step, with a checkpoint" + hint + b"\n")
 
 
 def loop(job: Job, done: int) -> int:
@@ -209,12 +218,13 @@ def evaluate_if_due(job: Job, done: int, out: log.RunLog) -> None:
     """Held-out metrics before the first step, after the last, and every ``train.eval_every``."""
     every = job.recipe.train.eval_every
     if job.data.held_out and (done in (0, job.total) or (every and done % every == 0)):
+        out.evaluating(len(job.data.held_out))
         out.evaluation(done, evaluate.teacher_forced(job.model, job.data.held_out, job.recipe, job.ranks))
 
 
 def save(job: Job, step: int, out: log.RunLog) -> None:
     """Write the checkpoint of ``step``; a disk that is full stops the run with what was saved before it whole."""
-    progress = Progress(step=step, fingerprint=job.data.fingerprint)
+    progress = Progress(step=step, fingerprint=job.data.fingerprint, template=job.data.template)
     try:
         path = checkpoint.save(job.run_dir, job.model, job.optimizer, progress, job.recipe.checkpoint.keep_last)
     except OSError as error:
@@ -310,6 +320,6 @@ def raise_not_finite(step: int, loss: float, grad_norm: float, examples: list[En
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
     names = ", ".join(e.id for e in examples[:8]) + (" ..." if len(examples) > 8 else "")
     raise RunStopped(
-        f"the {what} at step {step + 1}, before the update; its examples: {names}. Lower train.lr, set train.clip, or "
-        "look at those examples; the same command goes on from the last checkpoint"
+        f"the {what} at step {step + 1}, before the update; its examples: {names}. Look at those examples, or start in "
+        "another run.dir with a lower train.lr or train.clip"
     )

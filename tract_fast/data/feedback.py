@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ RESULT = re.compile(r"\[RESULT\][\s:]*(\S+)")
 SCORE_SENTENCE = re.compile(r"So the overall score is\s+(?:an? )?(\S+)")
 VERDICT = re.compile(r"So the overall|\b(?i:so|therefore|thus|hence),? the overall score is")
 AROUND_SCORE = "()[]{}\"'*`.,;:!"  # what may stand around a score in a judge's output
+PLAIN = ("prompt", "rationale", "score", "weight", "id", "question")
 RESPONSE_HEADING = "###Response to evaluate"
 
 
@@ -73,7 +75,9 @@ def read_examples(
     examples: list[Example] = []
     skipped: list[Skipped] = []
     ids: set[str] = set()
+    unknown: Counter[str] = Counter()
     for record in read_records(source):
+        unknown.update(_unknown_fields(record))
         for where, item in _convert(record, scale, rationale):
             if isinstance(item, str):
                 skipped.append(Skipped(where, item))
@@ -88,7 +92,7 @@ def read_examples(
         raise UserError(f"{skipped[0].where}: {skipped[0].why}{more}; {way_out}")
     if not examples:
         raise UserError(f"{source} has no records")
-    return Loaded(examples=examples, skipped=skipped, notes=_notes(examples, scale))
+    return Loaded(examples=examples, skipped=skipped, notes=_notes(examples, scale, unknown))
 
 
 def split_by_question(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -144,6 +148,13 @@ def _drafts(record: Record, scale: dict[str, float], rationale: str) -> list[tup
         return [(record.where, fields)]
     names = ", ".join(list(map(str, fields))[:8]) or "none"
     raise _Broken(f"its fields ({names}) are of no known format: write {EXAMPLE}")
+
+
+def _unknown_fields(record: Record | Skipped) -> list[str]:
+    """Fields of a plain record that nothing reads: one may be a misspelt name."""
+    if isinstance(record, Skipped) or "prompt" not in record.fields or "gpt4_score" in record.fields:
+        return []
+    return [str(name) for name in record.fields if name not in PLAIN]
 
 
 def _benchmark(
@@ -273,11 +284,15 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _notes(examples: list[Example], scale: dict[str, float]) -> list[str]:
+def _notes(examples: list[Example], scale: dict[str, float], unknown: Counter[str]) -> list[str]:
+    notes = []
     between = sum(e.score not in scale.values() for e in examples)
-    if not between:
-        return []
-    return [
-        f"{between} of {len(examples)} scores lie between two labels: the squared error takes them as they are, "
-        "the text has the nearest label"
-    ]
+    if between:
+        notes.append(
+            f"{between} of {len(examples)} scores lie between two labels: the squared error takes them as they are, "
+            "the text has the nearest label"
+        )
+    if unknown:
+        names = ", ".join(f"{name} ({count})" for name, count in unknown.most_common(8))
+        notes.append(f"fields that nothing reads: {names}; those that are read are {', '.join(PLAIN)}")
+    return notes

@@ -141,7 +141,7 @@ def _decode_line(raw: bytes, decoder: json.JSONDecoder, problems: list[str]) -> 
         problems.insert(0, f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8")
     except json.JSONDecodeError as error:
         hint = "; a record is one line (a list of records belongs in a .json file)" if raw in (b"{", b"[") else ""
-        problems.insert(0, f"not JSON: {error.msg} at column {error.colno}{hint}")
+        problems.insert(0, f"not JSON: {_reason(error)} at column {error.colno}{hint}")
     except RecursionError:
         problems.insert(0, "not a record: brackets nested too deep")
     return None
@@ -190,9 +190,13 @@ def _decode_item(text: str, position: int, decoder: json.JSONDecoder, where: str
     except json.JSONDecodeError as error:
         at_end = error.msg.startswith("Unterminated string") or not text[error.pos :].strip(SPACE)
         cut = " (is the file cut off?)" if at_end else ""
-        raise _list_broken(where, f"{error.msg} at line {error.lineno} column {error.colno}{cut}") from None
+        raise _list_broken(where, f"{_reason(error)} at line {error.lineno} column {error.colno}{cut}") from None
     except RecursionError:
         raise _list_broken(where, "brackets nested too deep") from None
+
+
+def _reason(error: json.JSONDecodeError) -> str:
+    return error.msg.removesuffix(" at")
 
 
 def _list_broken(where: str, why: str) -> UserError:
