@@ -32,6 +32,7 @@ format: $(STAMP)
 
 test: lint
 	$(TEST) -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(TEST) -n 2 --dist worksteal tests/loss/test_implementations.py
 
 soak: $(STAMP)
 	$(TEST) -m soak -s

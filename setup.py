@@ -37,7 +37,14 @@ setup(
         "flash": ["flash-attn"],
         "vllm": ["vllm"],
         "track": ["tensorboard", "wandb", "trackio"],
-        "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff>=0.14", "tensorboard"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff>=0.14",
+            "tensorboard",
+            "triton; sys_platform == 'linux'",
+        ],
     },
     entry_points={"console_scripts": ["tract-fast = tract_fast.cli:main"]},
 )

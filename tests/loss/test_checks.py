@@ -11,7 +11,8 @@ import torch
 
 import tract_fast
 from tract_fast import linear_tract_loss
-from tract_fast.loss import TractLoss
+from tract_fast.loss import TractLoss, choose
+from tract_fast.loss.chunked import interprets_triton
 from tract_fast.loss.reference import reference_loss
 
 N, V, D, B, K = 4, 7, 3, 2, 3
@@ -186,9 +187,11 @@ BAD_OPTIONS = [
     ("logit_scale", torch.tensor(1.0), "finite"),
     ("normalize", "digits", "'scores' or 'vocab'"),
     ("gradient", "sampled", "'exact'"),
-    ("implementation", "fused", "'auto' or 'reference'"),
+    ("implementation", "eager", "'auto' or 'reference' or 'chunked' or 'fused'"),
     ("eps", 2**-10, "None"),
-    ("memory_budget", 2**30, "None"),
+    ("memory_budget", 0, "above 0"),
+    ("memory_budget", 1e9, "above 0"),
+    ("memory_budget", True, "above 0"),
     ("seed", 0, "None"),
 ]
 
@@ -281,9 +284,15 @@ def test_no_grad_gives_the_same_numbers_without_a_graph():
     assert all(torch.equal(a, b) for a, b in zip(out, linear_tract_loss(**args), strict=True))
 
 
-def test_auto_is_the_reference():
-    results = [linear_tract_loss(**arguments(), implementation=name) for name in ("auto", "reference")]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+@pytest.mark.skipif(interprets_triton(), reason="the interpreter runs fused on the CPU")
+def test_what_runs():
+    f32, f64 = torch.float32, torch.float64
+    assert choose("auto", "cpu", f32)[0] == choose("auto", "cuda", torch.bfloat16)[0] == "reference"
+    assert choose("auto", "cuda", f64) == ("reference", "only it computes in float64")
+    assert choose("reference", "cuda", f32)[0] == "reference" and choose("fused", "cuda", f32)[0] == "fused"
+    refused("implementation", "'fused'", "on cpu", implementation="fused")
+    with pytest.raises(ValueError, match=r"^implementation = 'chunked': must be 'reference' for float64"):
+        linear_tract_loss(**arguments(f64), implementation="chunked")
 
 
 def test_the_package_loads_torch_only_when_it_is_used():

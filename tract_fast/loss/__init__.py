@@ -1,6 +1,8 @@
 """The TRACT loss as one operator: cross-entropy on the rows, and a squared error of the expected score on some of them.
 
-This module holds the call: checks, dispatch, result. ``reference.py`` holds the definition.
+This module holds the call: checks, dispatch, result. ``reference.py`` holds the definition; ``chunked.py`` and
+``fused.py`` compute it without the N x V logits. ``terms.py`` is what both need of the targets, ``rows.py`` the
+arithmetic of a row, ``triton_rows.py`` the same as a kernel, ``plan.py`` the sizes of chunks.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from tract_fast.loss.chunked import chunked_loss, interprets_triton
 from tract_fast.loss.reference import IGNORE_INDEX, TractLoss, reference_loss
+from tract_fast.loss.terms import RowStats, op_arguments, result
 
 __all__ = ["TractLoss", "linear_tract_loss"]
 
@@ -69,9 +73,13 @@ def linear_tract_loss(
         logit_scale: factor of the logits, before the cap.
         normalize: "scores" (softmax over the score tokens) or "vocab" (over the vocabulary).
         gradient: "exact".
-        eps, memory_budget, seed: None; nothing uses them with the implementations there are.
-        implementation: "reference", or "auto", which takes it.
-        check: check the values of CUDA tensors too, which waits for the device; those of CPU tensors always are.
+        eps, seed: None; nothing uses them with the implementations there are.
+        memory_budget: about how many bytes of logits "chunked" (of dZ "fused") may hold at a time; None is 1 GiB on
+            CUDA (128 MiB) and 256 MiB on the CPU. At least 1024 rows (128 on the CPU) are held at any budget.
+        implementation: "reference", "chunked" (a chunk of rows at a time), "fused" (CUDA; no logits in memory, each
+            computed twice), or "auto": see ``choose``.
+        check: check the values of CUDA tensors too, which waits for the device; those of CPU tensors always are, but
+            not under torch.compile.
 
     Targets, values and weights may also be float64 when ``hidden`` is.
 
@@ -82,7 +90,8 @@ def linear_tract_loss(
         ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
     """
     check_options(softcap, logit_scale)
-    check_choices(normalize, gradient, implementation, {"eps": eps, "memory_budget": memory_budget, "seed": seed})
+    check_choices(normalize, gradient, implementation, {"eps": eps, "seed": seed})
+    check_budget(memory_budget)
     check_head(hidden, weight, bias)
     targets = {
         "labels": labels,
@@ -94,11 +103,44 @@ def linear_tract_loss(
         "score_weights": score_weights,
     }
     check_targets(hidden, targets)
-    if check or hidden.device.type == "cpu":
+    if check or (hidden.device.type == "cpu" and not torch.compiler.is_compiling()):  # values cannot be traced
         check_values(len(hidden), len(weight), targets)
-    return reference_loss(
-        hidden, weight, bias=bias, softcap=softcap, logit_scale=logit_scale, normalize=normalize, **targets
-    )
+    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "normalize": normalize}
+    name, _ = choose(implementation, hidden.device.type, hidden.dtype)
+    if name == "reference" or len(hidden) == 0:  # without rows there is nothing to chunk or fuse
+        return reference_loss(hidden, weight, **options, **targets)
+    args = op_arguments(hidden, weight, **options, **targets, memory_budget=memory_budget)
+    loss, *stats = operator(name)(*args)[:6]
+    return result(loss, RowStats(*stats), args[4])
+
+
+def operator(name: str):
+    """The custom op of an implementation. Triton is imported where it is used: CPU installations lack it."""
+    if name == "chunked":
+        return chunked_loss
+    from tract_fast.loss.fused import fused_loss
+
+    return fused_loss
+
+
+def choose(implementation: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(name of the implementation that runs, reason) for a call of ``linear_tract_loss``.
+
+    Raises ValueError where the implementation cannot run.
+    """
+    if implementation == "reference":
+        return implementation, "asked for"
+    if dtype == torch.float64:
+        if implementation == "auto":
+            return "reference", "only it computes in float64"
+        raise ValueError(f"implementation = {implementation!r}: must be 'reference' for float64 tensors")
+    if implementation == "fused" and device_type != "cuda" and not interprets_triton():
+        raise ValueError(
+            f"implementation = 'fused': must be 'chunked' or 'auto' on {device_type}, it runs on CUDA only"
+        )
+    if implementation != "auto":
+        return implementation, "asked for"
+    return "reference", "chunked and fused are there to be asked for and not measured yet"
 
 
 def check_options(softcap: float | None, logit_scale: float) -> None:
@@ -114,7 +156,7 @@ def check_choices(normalize: str, gradient: str, implementation: str, unused: di
     choices = {
         "normalize": (normalize, ("scores", "vocab")),
         "gradient": (gradient, ("exact",)),
-        "implementation": (implementation, ("auto", "reference")),
+        "implementation": (implementation, ("auto", "reference", "chunked", "fused")),
     }
     for name, (value, possible) in choices.items():
         if value not in possible:
@@ -122,6 +164,12 @@ def check_choices(normalize: str, gradient: str, implementation: str, unused: di
     for name, value in unused.items():
         if value is not None:
             raise ValueError(f"{name} = {value!r}: must be None, since no implementation uses it")
+
+
+def check_budget(budget: int | None) -> None:
+    """Raise ValueError for a memory budget that is no number of bytes."""
+    if budget is not None and not (isinstance(budget, int) and not isinstance(budget, bool) and budget > 0):
+        raise ValueError(f"memory_budget = {budget!r}: must be a whole number of bytes above 0, or None")
 
 
 def is_finite_number(value: object) -> bool:

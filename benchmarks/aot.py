@@ -1,0 +1,147 @@
+"""Compile every Triton kernel configuration for GPUs that are not here, and print what each needs of one.
+
+    python benchmarks/aot.py [--out FILE.json]
+
+Triton compiles PTX and cubin without a device; its own ``cuobjdump`` tells registers, stack (spills) and instructions.
+A configuration that spills, or that needs more shared memory than a multiprocessor has, would be slow or fail at
+launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tract_fast.loss import fused, triton_rows
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
+MATRIX_UNITS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}  # what a 16-bit tl.dot must become
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+OPTIONS = {"plain": (False, False), "bias and cap": (True, True)}  # HAS_BIAS, SOFTCAP
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel, one configuration, one GPU generation."""
+
+    kernel: str
+    options: str
+    dtype: str
+    arch: int
+    registers: int
+    stack: int
+    shared: int
+    instructions: int
+    matrix_units: bool
+
+
+def cases():
+    """(kernel, options, dtype, signature types, constants, warps, stages) of everything that can be chosen."""
+    for dtype, size in DTYPES.items():
+        for options, (bias, cap) in OPTIONS.items():
+            flags = {"HAS_BIAS": bias, "SOFTCAP": cap}
+            for gradient in (False, True):
+                for n_vocab, tokens in ((32000, 5), (151936, 16)):
+                    block, warps = triton_rows.row_config(n_vocab, size)
+                    constants = flags | {
+                        "VOCAB": True,
+                        "GRADIENT": gradient,
+                        "BLOCK": block,
+                        "K": triton.next_power_of_2(tokens),
+                    }
+                    name = f"{options}, {'dZ' if gradient else 'loss only'}, BLOCK {block}, K {constants['K']}"
+                    yield triton_rows.row_kernel, name, dtype, constants, warps, 3
+            for tile in fused.TILES[size]:
+                constants = flags | {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "UPCAST": False}
+                name = f"{options}, {tile.bm}x{tile.bn}x{tile.bk}, {tile.warps} warps, {tile.stages} stages"
+                for kernel in (fused.sums_kernel, fused.dz_kernel):
+                    yield kernel, name, dtype, constants, tile.warps, tile.stages
+
+
+def build(kernel, name: str, dtype: str, constants: dict, warps: int, stages: int, arch: int) -> Built:
+    """Compile one case for ``arch`` (90 is sm_90) and read what it came to."""
+    in_dtype = {"hidden", "weight", "bias", "logits", "dz"}
+    integers = {"labels": "*i64", "ids": "*i64", "used": "*i1"}
+    scalars = {"softcap": "fp32", "logit_scale": "fp32"}
+    counts = {"n_rows", "n_vocab", "stride", "width", "n_tokens", "tiles_per_share", "first", "last"}
+    types, attributes = {}, {}
+    for i, arg in enumerate(kernel.arg_names):
+        if arg in constants:
+            types[arg] = "constexpr"
+        elif arg in in_dtype:
+            types[arg] = f"*{dtype}"
+        else:
+            types[arg] = integers.get(arg) or scalars.get(arg) or ("i32" if arg in counts else "*fp32")
+        if types[arg].startswith("*") or arg in ("width", "n_vocab", "stride"):
+            attributes[(i,)] = [["tt.divisibility", 16]]  # as for tensors of torch and usual sizes
+    source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
+    binary = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
+    )
+    usage, code = inspect(binary.asm["cubin"])
+    return Built(
+        kernel=kernel.__name__,
+        options=name,
+        dtype=dtype,
+        arch=arch,
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared=binary.metadata.shared,
+        instructions=len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
+        matrix_units=MATRIX_UNITS[arch] in binary.asm["ptx"],
+    )
+
+
+def inspect(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, disassembly) by the ``cuobjdump`` that triton carries."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        run = lambda flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout  # noqa: E731
+        return run("--dump-resource-usage"), run("--dump-sass")
+
+
+def problems(built: Built) -> list[str]:
+    """What makes a configuration unusable."""
+    found = []
+    if built.stack:
+        found.append(f"{built.stack} bytes of stack")
+    if built.shared > SHARED_LIMIT[built.arch]:
+        found.append(f"{built.shared} bytes of shared memory")
+    if built.kernel != "row_kernel" and built.dtype != "fp32" and not built.matrix_units:
+        found.append(f"no {MATRIX_UNITS[built.arch]}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), help="80, 90, 100")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    args = parser.parse_args()
+    rows = [build(*case, arch) for arch in args.arch for case in cases()]
+    print(f"triton {triton.__version__}; {os.cpu_count()} cores")
+    print(f"{'kernel':12} {'arch':5} {'dtype':5} {'regs':>4} {'stack':>5} {'shared':>7} {'instr':>6}  configuration")
+    for b in rows:
+        wrong = "; ".join(problems(b))
+        print(
+            f"{b.kernel:12} sm_{b.arch:<3} {b.dtype:5} {b.registers:4} {b.stack:5} {b.shared:7} {b.instructions:6}  "
+            f"{b.options}{'   <- ' + wrong if wrong else ''}"
+        )
+    if args.out:
+        args.out.write_text(json.dumps({"triton": triton.__version__, "rows": [asdict(b) for b in rows]}, indent=1))
+    return int(any(problems(b) for b in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

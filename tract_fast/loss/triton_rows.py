@@ -1,0 +1,183 @@
+"""The row pass as one Triton kernel: a program a row, statistics, loss and dZ of cross-entropy and score rows alike.
+
+Algorithm: ``rows.py`` says it. The entries of label and score tokens are overwritten with -inf first, which takes them
+out; pass 1 reads the row and keeps (max, sum) online; pass 2 reads it again and overwrites it with dZ; the label's and
+the score tokens' entries follow, from their own float32 logits.
+
+Numerics: float32 throughout; logits and dZ are rounded to their dtype when stored. ``log1p`` and ``tanh`` are written
+out since libdevice's are not to be had in the interpreter. No atomics, no order of programs: deterministic.
+
+Cost: 2 reads and 1 write of the logits (1 read without gradient), one exponential per logit and pass. The grid is at
+most ``ROWS_IN_FLIGHT`` programs per multiprocessor, so that the rows between their two passes stay in the L2 cache (132
+rows of 128256 bfloat16 logits are 34 MB of an H100's 50 MB). Bound by memory: 4 to 6 bytes a logit, 1.4 to 2.1 ps on
+an H100 [calculated]. Applies to any n, V and K; offsets are 64 bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tract_fast.loss.terms import RowStats, RowTerms
+
+ROWS_IN_FLIGHT = 1
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) for x in [0, 1]: the first terms of its series where 1 + x would round x away."""
+    return tl.where(x < 1e-3, x * (1.0 - x * (0.5 - x * (1.0 / 3.0))), tl.log(1.0 + x))
+
+
+@triton.jit
+def transformed(z, softcap, logit_scale, SOFTCAP: tl.constexpr):
+    """(logits after scale and cap, their derivative with respect to the raw ones), of raw logits with their bias."""
+    z = z * logit_scale
+    slope = tl.zeros_like(z) + logit_scale
+    if SOFTCAP:
+        e = tl.exp(-2.0 * tl.abs(z) / softcap)
+        t = (1.0 - e) / (1.0 + e)
+        z = tl.where(z < 0, -t, t) * softcap
+        slope = logit_scale * 4.0 * e / ((1.0 + e) * (1.0 + e))
+    return z, slope
+
+
+@triton.jit
+def row_kernel(
+    logits, n_rows, n_vocab, stride,
+    bias, picked_label, picked_scores,
+    labels, ce, score, score_target, used,
+    ids, values, n_tokens,
+    nll, lse, expected, mass, probs,
+    softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr, GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    LOWEST = -3.4028234663852886e38
+    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        start_of_row = logits + row * stride
+        label = tl.load(labels + row)
+        is_used = tl.load(used + row) != 0
+        k = tl.arange(0, K)
+        is_token = k < n_tokens
+        token = tl.load(ids + k, mask=is_token, other=0)
+        # the same addresses are read or written again by other threads of this program: hence the barriers
+        nothing = tl.full((K,), float("-inf"), tl.float32).to(logits.dtype.element_ty)
+        tl.store(start_of_row + tl.maximum(label, 0) + k, nothing, (k == 0) & (label >= 0))
+        tl.store(start_of_row + token, nothing, is_token)
+        tl.debug_barrier()
+        top, others = LOWEST, 0.0
+        for start in range(0, n_vocab, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            here = cols < n_vocab
+            raw = tl.load(start_of_row + cols, mask=here, other=float("-inf")).to(tl.float32)
+            z = raw
+            if HAS_BIAS:
+                z += tl.load(bias + cols, mask=here, other=0.0).to(tl.float32)
+            z, _ = transformed(z, softcap, logit_scale, SOFTCAP)
+            z = tl.where(raw == float("-inf"), raw, z)
+            new_top = tl.maximum(top, tl.max(z, 0))
+            others = others * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
+            top = new_top
+
+        value = tl.load(values + k, mask=is_token, other=0.0)
+        z_label = tl.load(picked_label + row)
+        z_scores = tl.load(picked_scores + row * n_tokens + k, mask=is_token, other=0.0)
+        if HAS_BIAS:
+            z_label += tl.load(bias + tl.maximum(label, 0)).to(tl.float32)
+            z_scores += tl.load(bias + token, mask=is_token, other=0.0).to(tl.float32)
+        z_label, slope_label = transformed(z_label, softcap, logit_scale, SOFTCAP)
+        z_scores, slope_scores = transformed(z_scores, softcap, logit_scale, SOFTCAP)
+        z_label = tl.where(label >= 0, z_label, float("-inf"))
+        is_label = is_token & (token == label)
+        z_scores = tl.where(is_label, z_label, tl.where(is_token, z_scores, float("-inf")))
+
+        highest = tl.maximum(tl.maximum(top, z_label), tl.max(z_scores, 0))
+        e_label = tl.exp(z_label - highest)
+        e_scores = tl.exp(z_scores - highest)
+        rest = others * tl.exp(top - highest) + tl.sum(tl.where(is_label, 0.0, e_scores), 0)
+        total = rest + e_label
+        ratio = tl.log(rest) + (highest - z_label)
+        softplus = tl.maximum(ratio, 0.0) + log1p(tl.exp(-tl.abs(ratio)))
+        tl.store(nll + row, tl.where(label >= 0, softplus, 0.0))
+        tl.store(lse + row, highest + tl.log(total))
+        p_scores = e_scores / total
+        if VOCAB:
+            q = p_scores
+        else:
+            e_among = tl.exp(z_scores - tl.max(z_scores, 0))
+            q = e_among / tl.sum(e_among, 0)
+        y_hat = tl.sum(q * value, 0)
+        tl.store(expected + row, y_hat)
+        tl.store(mass + row, tl.sum(p_scores, 0))
+        tl.store(probs + row * n_tokens + k, q, mask=is_token)
+
+        if GRADIENT:
+            a = tl.load(ce + row)
+            g = 2.0 * (y_hat * tl.load(score + row) - tl.load(score_target + row))
+            dz_label = -a * rest / total
+            dz_scores = tl.where(is_label, dz_label, a * p_scores) + g * q * (value - y_hat)
+            kappa = a
+            if VOCAB:
+                kappa -= g * y_hat
+                dz_label -= g * y_hat * e_label / total
+            factor = kappa * tl.exp(top - highest) / total
+            for start in range(0, n_vocab, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                here = cols < n_vocab
+                raw = tl.load(start_of_row + cols, mask=here, other=float("-inf")).to(tl.float32)
+                z = raw
+                if HAS_BIAS:
+                    z += tl.load(bias + cols, mask=here, other=0.0).to(tl.float32)
+                z, slope = transformed(z, softcap, logit_scale, SOFTCAP)
+                dz = tl.where(is_used & (raw != float("-inf")), factor * tl.exp(z - top) * slope, 0.0)
+                tl.store(start_of_row + cols, dz.to(logits.dtype.element_ty), mask=here)
+            tl.debug_barrier()
+            if (label >= 0) & is_used:
+                tl.store(start_of_row + label, (dz_label * slope_label).to(logits.dtype.element_ty))
+            tl.debug_barrier()
+            tl.store(start_of_row + token, (dz_scores * slope_scores).to(logits.dtype.element_ty), is_token & is_used)
+
+
+def row_pass(
+    logits: Tensor,
+    picked,
+    terms: RowTerms,
+    score_token_ids: Tensor,
+    score_values: Tensor,
+    stats: RowStats,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    vocab: bool,
+    gradient: bool,
+) -> None:
+    """``rows.row_pass`` on CUDA: the same arguments, results and limits."""
+    n, n_vocab = logits.shape
+    block, warps = row_config(n_vocab, logits.element_size())
+    row_kernel[(programs(n, logits.device),)](
+        logits, n, n_vocab, logits.stride(0),
+        logits if bias is None else bias, picked.label, picked.scores,
+        terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
+        score_token_ids, score_values, len(score_token_ids),
+        *stats,
+        1.0 if softcap is None else softcap, logit_scale,
+        HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, VOCAB=vocab, GRADIENT=gradient,
+        BLOCK=block, K=triton.next_power_of_2(len(score_token_ids)), num_warps=warps,
+    )  # fmt: skip
+
+
+def row_config(n_vocab: int, logit_bytes: int) -> tuple[int, int]:
+    """(BLOCK, warps): 16-byte loads for every thread, blocks no larger than the row."""
+    block = min(max(triton.next_power_of_2(n_vocab), 16), 32768 // logit_bytes)
+    return block, min(max(block // 512, 1), 32)
+
+
+def programs(n_rows: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return min(n_rows, 2)  # the interpreter: still more rows than programs
+    return min(n_rows, ROWS_IN_FLIGHT * torch.cuda.get_device_properties(device).multi_processor_count)
