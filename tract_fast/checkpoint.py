@@ -200,6 +200,9 @@ def load(path: Path, model: TractModel, optimizer: torch.optim.Optimizer) -> Pro
 def progress(path: Path) -> Progress:
     """Where the run stood at a checkpoint."""
     saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    lacking = [f.name for f in fields(Progress) if f.name not in saved]
+    if lacking:
+        raise UserError(f"{path / 'state.json'} lacks {', '.join(lacking)}: another version of tract_fast wrote it")
     return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
 
 
@@ -231,8 +234,14 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
     if source is None or not (source / "state.json").is_file():
         raise UserError(f"{run_dir} holds no checkpoint{f' of step {step}' if step is not None else ''} to export")
     make_folder(out, "--out")
-    for harmless in EXPORT_WARNINGS:
-        warnings.filterwarnings("ignore", message=harmless)
+    with warnings.catch_warnings():
+        for harmless in EXPORT_WARNINGS:
+            warnings.filterwarnings("ignore", message=harmless)
+        _write_judge(run_dir, source, out)
+    return out
+
+
+def _write_judge(run_dir: Path, source: Path, out: Path) -> None:
     recipe = recipes.load(run_dir / "recipe.yaml", [])
     tokenizer = load_tokenizer(recipe.model)
     scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)
@@ -253,7 +262,6 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
         (target / "tract.json").write_text(description, encoding="utf-8")
         for file in target.glob("*.safetensors"):
             make_readable(file)
-    return out
 
 
 def trained_weights(source: Path) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def _check_words(command: str, argv: list[str]) -> None:
         if not skip and not word.startswith("-"):
             words.append(word)
         skip = not skip and word.startswith("--") and "=" not in word and word not in SWITCHES
-    if SWITCHES & set(argv) & {"--help", "-h"}:
+    if {"--help", "-h"} & set(argv):
         return
     if command in wanted and not words:
         raise UserError(f"{command} needs {wanted[command]}")

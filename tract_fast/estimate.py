@@ -16,10 +16,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from tract_fast import attention, optim, recipe as recipes
+from tract_fast import optim, recipe as recipes
 from tract_fast.data import batch as batches, prompt
 from tract_fast.data.prompt import Encoded
-from tract_fast.model import DTYPES, add_lora
+from tract_fast.model import DTYPES, add_lora, choose_attention
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
 
@@ -137,8 +137,7 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
     console.rule("plan")
     first, last = (optim.learning_rate(s, step.steps, recipe.train) for s in (0, step.steps - 1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    caps = bool(getattr(data.config.get_text_config(), "attn_logit_softcapping", None))
-    name, reason = attention.resolve_attention(recipe.model.attention, device, DTYPES[recipe.model.dtype], caps)
+    name, reason = choose_attention(recipe.model, data.config, device)
     sequences = min(recipe.train.batch, len(data.train))
     console.print(
         f"{step.steps} steps = {step.epochs:.2f} epochs of {len(data.train)} examples; {sequences} sequences, "

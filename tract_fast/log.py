@@ -7,7 +7,7 @@ import importlib.util
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,24 +24,33 @@ from tract_fast.errors import UserError
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines of ``metrics.jsonl`` after ``step``: a resumed run writes them again. A torn one goes."""
     if path.exists():
-        replace_file(path, "".join(json.dumps(r) + "\n" for r in _records(path) if r["step"] <= step))
+        replace_file(path, "".join(json.dumps(r) + "\n" for r in read_metrics(path) if r["step"] <= step))
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a ``metrics.jsonl`` up to the first line that is none."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``, in order; none where there is no file.
+
+    A line that a killed run left half written is the last one and is left out. Raises UserError at another line that is
+    no record.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
-            return
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number} is not a line of JSON: give the metrics.jsonl of a run") from None
         if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
-            return
-        yield record
+            raise UserError(f"{path}:{number} is no record of a step: give the metrics.jsonl of a run")
+        records.append(record)
+    return records
 
 
 def has_evaluation(path: Path, step: int) -> bool:
     """Whether ``metrics.jsonl`` holds an evaluation after ``step`` steps."""
-    return any(record["step"] == step and "eval" in record for record in _records(path))
+    return any(record["step"] == step and "eval" in record for record in read_metrics(path))
 
 
 class Tracker(NamedTuple):

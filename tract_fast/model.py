@@ -241,6 +241,12 @@ def lora_config(lora: Lora):
     )
 
 
+def choose_attention(model: Model, config, device: torch.device) -> tuple[str, str]:
+    """The attention name for transformers and the reason for it. Raises UserError where the setting cannot work."""
+    caps = bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
+    return attention.resolve_attention(model.attention, device, DTYPES[model.dtype], caps)
+
+
 def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.device, say=print) -> TractModel:
     """The model to train, on ``device``, checked against transformers' own forward pass, not yet sharded.
 
@@ -248,8 +254,7 @@ def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.de
     float32 master. ``say`` receives one line per choice made here.
     """
     dtype = DTYPES[recipe.model.dtype]
-    caps = bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
-    name, reason = attention.resolve_attention(recipe.model.attention, device, dtype, caps)
+    name, reason = choose_attention(recipe.model, config, device)
     say(f"attention: {name} ({reason})")
     lm = load_lm(recipe.model, dtype=dtype if recipe.lora.rank else torch.float32, attention_name=name)
     check_head(lm, tokenizer, recipe.model.path)

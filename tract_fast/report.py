@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from tract_fast import log
 from tract_fast.errors import UserError
 
 TRAIN, HELD_OUT = "#4c72b0", "#dd8452"
@@ -21,26 +21,11 @@ Points = tuple[list[int], list[float]]
 def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
     """The training and the evaluation records of a ``metrics.jsonl``, each in order of step.
 
-    A line that a killed run left half written is the last one and is left out. Raises UserError where there is no file,
-    no record in it, or another line that is not JSON.
+    Raises UserError where there is no file, no record in it, or a line that is none (see ``log.read_metrics``).
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: there is no such file; a training run writes it as metrics.jsonl in run.dir"
-        ) from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise UserError(f"{path}:{number} is not a line of JSON: give the metrics.jsonl of a run") from None
-            continue
-        if not (isinstance(record, dict) and "step" in record):
-            raise UserError(f"{path}:{number} is no record of a step: give the metrics.jsonl of a run")
-        records.append(record)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file; a training run writes it as metrics.jsonl in run.dir")
+    records = log.read_metrics(path)
     if not records:
         raise UserError(f"{path} holds no step yet: train first")
     return [r for r in records if "eval" not in r], [r for r in records if "eval" in r]

@@ -139,11 +139,8 @@ def open_run_dir(job: Job, done: int) -> None:
     """Check that the disk can hold the checkpoints, then write the resolved recipe and what was left out."""
     size = 3 * sum(p.numel() * p.element_size() for p in job.model.trainable().values())
     # the next one is written before an older one goes
-    more = (
-        max(1, job.recipe.checkpoint.keep_last + 1 - len(checkpoint.written(checkpoint.folder(job.run_dir))))
-        if done < job.total
-        else 0
-    )
+    there = len(checkpoint.written(checkpoint.folder(job.run_dir)))
+    more = max(1, job.recipe.checkpoint.keep_last + 1 - there) if done < job.total else 0
     free = shutil.disk_usage(job.run_dir).free
     if free < more * size:
         raise UserError(
@@ -190,10 +187,9 @@ def loop(job: Job, done: int) -> int:
             job.run_dir, total=job.total, done=done, device=ranks.device, trackers=trackers, loud=ranks.is_main
         ) as out,
     ):
+        # a stop leaves an evaluation that is due to the next start; the main rank's file decides for all
         seen = ranks.is_main and log.has_evaluation(job.run_dir / "metrics.jsonl", done)
-        if not shard.all_sum(
-            torch.tensor(float(seen), device=ranks.device)
-        ).item():  # a stop leaves it to the next start
+        if not shard.all_sum(torch.tensor(float(seen), device=ranks.device)).item():
             evaluate_if_due(job, done, out)
         if done >= job.total:
             out.say(f"nothing to do: {done} steps are done; raise train.max_steps or train.epochs to go on")

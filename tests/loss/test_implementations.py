@@ -44,7 +44,7 @@ def chunks_of(rows: int):
         patch.setattr(plan, "MIN_ROWS", dict.fromkeys(plan.MIN_ROWS, rows))
         patch.setattr(plan, "ROW_MULTIPLE", 1)
         patch.setattr(plan, "MIN_TILES", 1)
-        patch.setattr(plan, "ACCUMULATOR_ROWS", 0)
+        patch.setattr(plan, "ACCUMULATOR_BYTES", 0)
         yield {"memory_budget": 1}
 
 
@@ -167,6 +167,19 @@ def test_a_saturated_softmax_does_not_cancel(implementation, gap, dtype):
     if dtype != torch.float16 or gap < 16:  # float16 has nothing as small
         step = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
         assert args["hidden"].grad[0, 0].item() == pytest.approx(-small / (1 + small), rel=step)
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float16_gradients_do_not_underflow_on_the_way(implementation, rows):
+    """Weights of 1 / N are below what float16 holds of p / N; the upstream gradient brings them back."""
+    p = rounded(problem(n=8, v=40, d=16, b=2, ignored=0.0), torch.float16)
+    p |= {"row_weights": np.full(8, 2.0**-24), "score_weights": np.full(2, 2.0**-24)}
+    _, truth = closed_form(p)
+    with chunks_of(rows) as options:
+        _, grads = gradients(on_device(tensors(p, torch.float16)) | options, 2.0**24, implementation)
+    for name, grad in grads.items():
+        assert distance(grad, 2.0**24 * truth[name]) < 2e-3 * np.linalg.norm(2.0**24 * truth[name]), name
 
 
 @pytest.mark.parametrize("poison", [float("inf"), float("nan")])

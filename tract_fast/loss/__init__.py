@@ -105,13 +105,26 @@ def linear_tract_loss(
     check_targets(hidden, targets)
     if check or (hidden.device.type == "cpu" and not torch.compiler.is_compiling()):  # values cannot be traced
         check_values(len(hidden), len(weight), targets)
-    options = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale, "normalize": normalize}
+    targets |= mean_weights(hidden.dtype, targets)
+    options = {"softcap": softcap, "logit_scale": logit_scale}
     name, _ = choose(implementation, hidden.device.type, hidden.dtype)
     if name == "reference" or len(hidden) == 0:  # without rows there is nothing to chunk or fuse
-        return reference_loss(hidden, weight, **options, **targets)
-    args = op_arguments(hidden, weight, **options, **targets, memory_budget=memory_budget)
+        return reference_loss(hidden, weight, bias=bias, **options, normalize=normalize, **targets)
+    args = op_arguments(hidden, weight, bias, targets, **options, vocab=normalize == "vocab", budget=memory_budget)
     loss, *stats = operator(name)(*args)[:6]
-    return result(loss, RowStats(*stats), args[4])
+    return result(loss, RowStats(*stats), args.score_rows)
+
+
+def mean_weights(dtype: torch.dtype, targets: dict[str, Tensor | None]) -> dict[str, Tensor]:
+    """Weights for those that are None: the mean over labels that are not -100, the mean over sequences."""
+    real = torch.promote_types(dtype, torch.float32)
+    has_label, scores = targets["labels"] != IGNORE_INDEX, targets["score_targets"]
+    found = {}
+    if targets["row_weights"] is None:
+        found["row_weights"] = has_label.to(real) / has_label.sum().clamp(min=1)
+    if targets["score_weights"] is None:
+        found["score_weights"] = torch.full_like(scores, 1 / max(len(scores), 1), dtype=real)
+    return found
 
 
 def operator(name: str):
@@ -140,7 +153,7 @@ def choose(implementation: str, device_type: str, dtype: torch.dtype) -> tuple[s
         )
     if implementation != "auto":
         return implementation, "asked for"
-    return "reference", "chunked and fused are there to be asked for and not measured yet"
+    return "reference", "chunked and fused are to be asked for until training has been tried with them"
 
 
 def check_options(softcap: float | None, logit_scale: float) -> None:

@@ -6,9 +6,10 @@ only scales it by the upstream gradient, a scalar on the device; the dW of an on
 decides the chunks.
 
 Numerics: logits and dZ have the dtype of ``hidden``, statistics and all row arithmetic are float32, GEMMs accumulate in
-float32, dX and dW are rounded once. Rows that are not used reach dX and dW as zeros. Cost: 2 N V D FLOP for the loss
-alone, as much again for dX and for dW if they are needed; C V logits, plus V D float32 with several chunks. Nothing
-waits for the device and everything is deterministic.
+float32. dX is rounded as it is written, dW once over all chunks (on the CPU 16-bit dW once per chunk); an upstream
+gradient that is no power of two rounds both again. Rows that are not used reach dX and dW as zeros. Cost: 2 N V D FLOP
+for the loss alone, as much again for dX and for dW if they are needed; C V logits, plus V D float32 with several
+chunks. Nothing waits for the device and everything is deterministic.
 """
 
 from __future__ import annotations
@@ -18,98 +19,58 @@ import os
 import torch
 from torch import Tensor
 
-from tract_fast.loss.plan import plan_chunks
+from tract_fast.loss.plan import ChunkPlan, plan_chunks
 from tract_fast.loss.rows import pick, row_pass
-from tract_fast.loss.terms import (
-    new_stats,
-    row_terms,
-    total_loss,
-    used_rows,
-)
+from tract_fast.loss.terms import OP_SCHEMA, Arguments, new_scalar, new_stats, row_terms, total_loss, used_rows
 
-INPUTS = ("hidden", "weight", "bias")  # what gradients flow into
 SCALE_BLOCK = 2**24  # elements that are converted to float32 at a time
 
 
-@torch.library.custom_op("tract_fast::chunked_loss", mutates_args=())
-def chunked_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    score_rows: Tensor,
-    score_targets: Tensor,
-    score_token_ids: Tensor,
-    score_values: Tensor,
-    row_weights: Tensor,
-    score_weights: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    vocab: bool,
-    budget: int | None,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, row statistics and what backward needs: (loss, nll, lse, expected, mass, probs, unit, dx, dw, dz, db).
+@torch.library.custom_op("tract_fast::chunked_loss", mutates_args=(), schema=OP_SCHEMA)
+def chunked_loss(*args) -> tuple[Tensor, ...]:
+    """(loss, *RowStats, unit, dx, dw, db, dz) of ``Arguments``, at least one row.
 
     Gradients are in units of ``unit``; those that are not needed are empty. ``dz`` (N, V) is there instead of ``dw``
-    where the plan defers dW. At least one row.
+    where the plan defers dW.
     """
-    (n, width), n_vocab = hidden.shape, len(weight)
-    gradient = need_dx or need_dw or need_db
-    plan = _plan(hidden, weight, budget, need_dw)
-    rows = row_pass_for(hidden.device)
-    terms = row_terms(n_vocab, labels, score_rows, score_targets, score_values, row_weights, score_weights)
-    stats = new_stats(hidden, len(score_token_ids))
-    logits = hidden.new_empty(plan.rows, n_vocab)
-    dx = hidden.new_empty(n if need_dx else 0, width)
-    dw = weight.new_empty(n_vocab if need_dw and not plan.defer else 0, width, dtype=torch.float32)
-    db = weight.new_zeros(n_vocab if need_db else 0, dtype=torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
+    a = Arguments(*args)
+    n = len(a.hidden)
+    plan, rows = _plan(a), row_pass_for(a.hidden.device)
+    terms, stats = row_terms(a), new_stats(a)
+    dx, dw, db = _new_gradients(a, plan.defer)
+    logits = a.hidden.new_empty(plan.rows, len(a.weight))
+    with torch.autocast(a.hidden.device.type, enabled=False):
         for start in range(0, n, plan.rows):
             stop = min(start + plan.rows, n)
-            chunk = logits[: stop - start]
-            torch.mm(hidden[start:stop], weight.t(), out=chunk)
-            part = terms.rows(start, stop)
-            rows(
-                chunk,
-                pick(hidden[start:stop], weight, part.labels, score_token_ids),
-                part,
-                score_token_ids,
-                score_values,
-                stats.rows(start, stop),
-                bias=bias,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                vocab=vocab,
-                gradient=gradient,
-            )
-            if need_dx:
-                torch.mm(chunk, weight, out=dx[start:stop])
-            if need_dw and not plan.defer:
-                accumulate(dw, chunk, read(hidden[start:stop], part.used), first=start == 0)
-            if need_db:
+            x, part, chunk = a.hidden[start:stop], terms.rows(start, stop), logits[: stop - start]
+            torch.mm(x, a.weight.t(), out=chunk)
+            picked = pick(x, part.labels, a)
+            rows(chunk, picked, part, stats.rows(start, stop), a, gradient=a.need_dx or a.need_dw or a.need_db)
+            if a.need_dx:
+                torch.mm(chunk, a.weight, out=dx[start:stop])
+            if a.need_dw and not plan.defer:
+                accumulate(dw, chunk.t(), read(x, part.used), first=start == 0)
+            if a.need_db:
                 db += chunk.sum(0, dtype=torch.float32)
-        loss = total_loss(stats, row_weights, score_rows, score_targets, score_weights)
-    dz = logits if plan.defer else hidden.new_empty(0, n_vocab)
-    return loss, *stats, terms.unit, dx, dw, dz, db
+        loss = total_loss(stats, a)
+    return loss, *stats, terms.unit, dx, dw, db, logits if plan.defer else logits.new_empty(0, len(a.weight))
 
 
 @chunked_loss.register_fake
-def _(hidden, weight, bias, labels, score_rows, score_targets, score_token_ids, score_values, row_weights,
-      score_weights, softcap, logit_scale, vocab, budget, need_dx, need_dw, need_db):  # fmt: skip
-    (n, width), n_vocab = hidden.shape, len(weight)
-    defer = _plan(hidden, weight, budget, need_dw).defer
-    real = {"dtype": torch.float32}
+def _(*args):
+    a = Arguments(*args)
+    plan = _plan(a)
+    dz = a.hidden.new_empty(plan.rows if plan.defer else 0, len(a.weight))
+    return new_scalar(a), *new_stats(a), new_scalar(a), *_new_gradients(a, plan.defer), dz
+
+
+def _new_gradients(a: Arguments, defer: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dW and db to be filled, empty where they are not needed; dW also where it waits for backward."""
+    (n, width), n_vocab = a.hidden.shape, len(a.weight)
     return (
-        hidden.new_empty((), **real),
-        *new_stats(hidden, len(score_token_ids)),
-        hidden.new_empty((), **real),
-        hidden.new_empty(n if need_dx else 0, width),
-        weight.new_empty(n_vocab if need_dw and not defer else 0, width, **real),
-        hidden.new_empty(n if defer else 0, n_vocab),
-        weight.new_empty(n_vocab if need_db else 0, **real),
+        a.hidden.new_empty(n if a.need_dx else 0, width),
+        a.weight.new_empty(n_vocab if a.need_dw and not defer else 0, width, dtype=torch.float32),
+        a.weight.new_zeros(n_vocab if a.need_db else 0, dtype=torch.float32),
     )
 
 
@@ -127,15 +88,15 @@ def row_pass_for(device: torch.device):
     return row_pass
 
 
-def _plan(hidden: Tensor, weight: Tensor, budget: int | None, need_dw: bool):
+def _plan(a: Arguments) -> ChunkPlan:
     return plan_chunks(
-        len(hidden),
-        len(weight),
-        hidden.shape[1],
-        logit_bytes=hidden.element_size(),
-        trained_weight=need_dw,
-        budget=budget,
-        device=hidden.device.type,
+        len(a.hidden),
+        len(a.weight),
+        a.hidden.shape[1],
+        logit_bytes=a.hidden.element_size(),
+        trained_weight=a.need_dw,
+        budget=a.budget,
+        device=a.hidden.device.type,
     )
 
 
@@ -144,39 +105,42 @@ def read(rows: Tensor, used: Tensor) -> Tensor:
     return rows.masked_fill(~used[:, None], 0.0)
 
 
-def accumulate(dw: Tensor, dz: Tensor, rows: Tensor, *, first: bool) -> None:
-    """``dw (V, D) float32 += dz.T @ rows``, or ``=`` at ``first``, without rounding in between where the device can."""
-    if dz.dtype == torch.float32:
-        torch.addmm(dw, dz.t(), rows, beta=0 if first else 1, out=dw)
-    elif dz.device.type == "cuda":
+def accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``total += a @ b`` in float32, or ``=`` at ``first``, without rounding in between where the device can."""
+    if a.dtype == torch.float32:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif a.device.type == "cuda":
         if first:
-            torch.mm(dz.t(), rows, out_dtype=torch.float32, out=dw)
+            torch.mm(a, b, out_dtype=torch.float32, out=total)
         else:
-            torch.addmm(dw, dz.t(), rows, out_dtype=torch.float32, out=dw)
-    elif first:  # no 16-bit GEMM with a float32 result on the CPU: each chunk's dW is rounded once
-        dw.copy_(torch.mm(dz.t(), rows))
+            torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif first:  # no 16-bit GEMM with a float32 result on the CPU: each summand is rounded once
+        total.copy_(torch.mm(a, b))
     else:
-        dw += torch.mm(dz.t(), rows)
+        total += torch.mm(a, b)
 
 
 def _remember(ctx, inputs, output) -> None:
-    hidden, weight, labels, score_rows = inputs[0], inputs[1], inputs[3], inputs[4]
-    unit, dx, dw, dz, db = output[-5:]
+    a = Arguments(*inputs)
+    unit, dx, dw, db, dz = output[-5:]
     # hidden is read again only where dW waits for backward; the weight never is
-    ctx.save_for_backward(hidden if len(dz) else hidden[:0], labels, score_rows, unit, dx, dw, dz, db)
-    ctx.dtype = weight.dtype
+    hidden = a.hidden if len(dz) else a.hidden[:0]
+    ctx.save_for_backward(hidden, a.labels, a.score_rows, unit, dx, dw, db, dz)
+    ctx.dtype = a.weight.dtype
     ctx.set_materialize_grads(False)
 
 
 def _scale_gradients(ctx, grad_loss: Tensor | None, *others) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 17
-    return *_finish(ctx, grad_loss), *(None,) * 14
-
-
-def _finish(ctx, grad_loss: Tensor) -> list[Tensor | None]:
+        return (None,) * len(ctx.needs_input_grad)
     grads = chunked_backward(grad_loss, *ctx.saved_tensors, ctx.dtype)
-    return [g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)]
+    return input_gradients(ctx, grads)
+
+
+def input_gradients(ctx, grads: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    """dX, dW and db where they are needed, and None for all other inputs of an op."""
+    needed = ctx.needs_input_grad
+    return *(g if need else None for g, need in zip(grads, needed[:3], strict=True)), *(None,) * (len(needed) - 3)
 
 
 @torch.library.custom_op("tract_fast::chunked_backward", mutates_args=())
@@ -188,8 +152,8 @@ def chunked_backward(
     unit: Tensor,
     dx: Tensor,
     dw: Tensor,
-    dz: Tensor,
     db: Tensor,
+    dz: Tensor,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) of the loss, from what forward left, times the upstream gradient. Nothing saved is changed."""
@@ -205,7 +169,7 @@ def chunked_backward(
 
 
 @chunked_backward.register_fake
-def _(grad_loss, hidden, labels, score_rows, unit, dx, dw, dz, db, dtype):
+def _(grad_loss, hidden, labels, score_rows, unit, dx, dw, db, dz, dtype):
     return (
         torch.empty_like(dx),
         dz.new_empty(dz.shape[1], hidden.shape[1]) if len(dz) else torch.empty_like(dw, dtype=dtype),

@@ -23,10 +23,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tract_fast.loss.chunked import accumulate, read, scaled
+from tract_fast.loss.chunked import accumulate, input_gradients, read, scaled
 from tract_fast.loss.plan import plan_columns
 from tract_fast.loss.rows import finish, pick, transform_picked
-from tract_fast.loss.terms import column_labels, new_stats, row_terms, total_loss, used_rows
+from tract_fast.loss.terms import (
+    OP_SCHEMA,
+    Arguments,
+    column_labels,
+    new_scalar,
+    new_stats,
+    row_terms,
+    total_loss,
+    used_rows,
+)
 from tract_fast.loss.triton_rows import transformed
 
 
@@ -149,72 +158,55 @@ def shares(n_rows: int, n_vocab: int, tile: Tile, device: torch.device) -> tuple
     return triton.cdiv(tiles, each), each
 
 
-def vocabulary_sums(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ids: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-) -> tuple[Tensor, Tensor]:
+def vocabulary_sums(a: Arguments, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(N,), (N,): the largest logit of each row and the sum of exponentials relative to it, without the label and the
-    score tokens ``ids``."""
-    n, n_vocab = len(hidden), len(weight)
-    tile = tile_for(hidden.dtype, hidden.device)
-    count, each = shares(n, n_vocab, tile, hidden.device)
-    top, others = (hidden.new_empty(count, n, dtype=torch.float32) for _ in range(2))
+    score tokens."""
+    n, n_vocab = len(a.hidden), len(a.weight)
+    tile = tile_for(a.hidden.dtype, a.hidden.device)
+    count, each = shares(n, n_vocab, tile, a.hidden.device)
+    top, others = (a.hidden.new_empty(count, n, dtype=torch.float32) for _ in range(2))
     sums_kernel[(triton.cdiv(n, tile.bm), count)](
-        hidden, weight, hidden if bias is None else bias, labels, ids, top, others,
-        n, n_vocab, hidden.shape[1], len(ids), each, 1.0 if softcap is None else softcap, logit_scale,
-        HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk,
-        UPCAST=tile is INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
+        a.hidden, a.weight, a.hidden if a.bias is None else a.bias, labels, a.score_token_ids, top, others,
+        n, n_vocab, a.hidden.shape[1], len(a.score_token_ids), each, 1.0 if a.softcap is None else a.softcap,
+        a.logit_scale, **launch(tile, a.bias, a.softcap),
     )  # fmt: skip
     highest = top.amax(0)
     return highest, (others * torch.exp(top - highest)).sum(0)
 
 
-@torch.library.custom_op("tract_fast::fused_loss", mutates_args=())
-def fused_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    score_rows: Tensor,
-    score_targets: Tensor,
-    score_token_ids: Tensor,
-    score_values: Tensor,
-    row_weights: Tensor,
-    score_weights: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    vocab: bool,
-    budget: int | None,
-    need_dx: bool,
-    need_dw: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, row statistics and what backward needs, all O(N): (loss, nll, lse, expected, mass, probs, unit, top,
-    factor, dz_label, dz_scores)."""
-    hidden, weight = hidden.contiguous(), weight.contiguous()
-    terms = row_terms(len(weight), labels, score_rows, score_targets, score_values, row_weights, score_weights)
-    stats = new_stats(hidden, len(score_token_ids))
-    with torch.autocast(hidden.device.type, enabled=False):
-        picked = pick(hidden, weight, terms.labels, score_token_ids)
-        picked = transform_picked(picked, terms.labels, score_token_ids, bias, softcap, logit_scale)
-        top, others = vocabulary_sums(hidden, weight, bias, terms.labels, score_token_ids, softcap, logit_scale)
-        at = finish(top, others, picked, terms, score_token_ids, score_values, stats, vocab)
-        loss = total_loss(stats, row_weights, score_rows, score_targets, score_weights)
+def launch(tile: Tile, bias: Tensor | None, softcap: float | None) -> dict:
+    """What both kernels are compiled for."""
+    return {
+        "HAS_BIAS": bias is not None,
+        "SOFTCAP": softcap is not None,
+        "BM": tile.bm,
+        "BN": tile.bn,
+        "BK": tile.bk,
+        "UPCAST": tile is INTERPRETED,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+@torch.library.custom_op("tract_fast::fused_loss", mutates_args=(), schema=OP_SCHEMA)
+def fused_loss(*args) -> tuple[Tensor, ...]:
+    """(loss, *RowStats, unit, top, *Coefficients) of ``Arguments``, all O(N); at least one row."""
+    a = Arguments(*args)
+    a = a._replace(hidden=a.hidden.contiguous(), weight=a.weight.contiguous())
+    terms, stats = row_terms(a), new_stats(a)
+    with torch.autocast(a.hidden.device.type, enabled=False):
+        picked = transform_picked(pick(a.hidden, terms.labels, a), terms.labels, a)
+        top, others = vocabulary_sums(a, terms.labels)
+        at = finish(top, others, picked, terms, stats, a)
+        loss = total_loss(stats, a)
     return loss, *stats, terms.unit, top, *at
 
 
 @fused_loss.register_fake
-def _(hidden, weight, bias, labels, score_rows, score_targets, score_token_ids, score_values, *others):
-    n, real = len(hidden), {"dtype": torch.float32}
-    stats = new_stats(hidden, len(score_token_ids))
-    per_row = (hidden.new_empty(n, **real) for _ in range(3))
-    at_scores = hidden.new_empty(n, len(score_token_ids), **real)
-    return hidden.new_empty((), **real), *stats, hidden.new_empty((), **real), *per_row, at_scores
+def _(*args):
+    a = Arguments(*args)
+    stats = new_stats(a)
+    return new_scalar(a), *stats, new_scalar(a), *(torch.empty_like(stats.nll) for _ in range(3)), stats.probs.clone()
 
 
 @torch.library.custom_op("tract_fast::fused_backward", mutates_args=())
@@ -257,12 +249,10 @@ def fused_backward(
             dz_kernel[(triton.cdiv(n, tile.bm), triton.cdiv(last - first, tile.bn))](
                 hidden, weight, hidden if bias is None else bias, labels, used, top, factor, dz_label, dz_scores,
                 score_token_ids, dz, n, n_vocab, width, len(score_token_ids), first, last,
-                1.0 if softcap is None else softcap, logit_scale,
-                HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, BM=tile.bm, BN=tile.bn, BK=tile.bk,
-                UPCAST=tile is INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
+                1.0 if softcap is None else softcap, logit_scale, **launch(tile, bias, softcap),
             )  # fmt: skip
             if need_dx:
-                accumulate(dx, dz.t(), weight[first:last], first=first == 0)
+                accumulate(dx, dz, weight[first:last], first=first == 0)
             if need_dw:
                 torch.mm(dz.t(), rows, out=dw[first:last])
             if need_db:
@@ -282,17 +272,16 @@ def _(grad_loss, hidden, weight, bias, *others):
 
 
 def _remember(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, score_rows, _, score_token_ids = inputs[:7]
-    ctx.save_for_backward(hidden, weight, bias, labels, score_rows, score_token_ids, *output[-5:])
-    ctx.options = (inputs[10], inputs[11], *inputs[13:])
+    a = Arguments(*inputs)
+    ctx.save_for_backward(a.hidden, a.weight, a.bias, a.labels, a.score_rows, a.score_token_ids, *output[-5:])
+    ctx.options = (a.softcap, a.logit_scale, a.budget, a.need_dx, a.need_dw, a.need_db)
     ctx.set_materialize_grads(False)
 
 
 def _recompute(ctx, grad_loss: Tensor | None, *others) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 17
-    grads = fused_backward(grad_loss, *ctx.saved_tensors, *ctx.options)
-    return *(g if wanted else None for g, wanted in zip(grads, ctx.options[-3:], strict=True)), *(None,) * 14
+        return (None,) * len(ctx.needs_input_grad)
+    return input_gradients(ctx, fused_backward(grad_loss, *ctx.saved_tensors, *ctx.options))
 
 
 fused_loss.register_autograd(_recompute, setup_context=_remember)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 DEFAULT_BUDGET = {"cuda": 2**30, "cpu": 2**28}  # bytes of logits; other devices as "cuda"
 MIN_ROWS = {"cuda": 1024, "cpu": 128}  # below it GEMMs starve (KERNELS: measured on 2 cores, calculated for an H100)
 ROW_MULTIPLE = 128
-ACCUMULATOR_ROWS = 4  # bytes of the accumulator per entry of dW, which buy rows of one chunk
+ACCUMULATOR_BYTES = 4  # of an entry of dW in float32, which only several chunks need
 BLOCK_BUDGET = 2**27  # bytes of dZ in the fused backward
 MIN_TILES = 8  # of a block there, in columns
 
@@ -36,14 +36,8 @@ class ChunkPlan:
 
     rows: int
     """Rows per chunk; the last one may have fewer."""
-    count: int
-    """Chunks: 0 where there are no rows."""
     defer: bool
     """dW is computed in backward from the dZ that the only chunk leaves in its buffer."""
-    buffer_bytes: int
-    """Of the logits, which become dZ in place."""
-    accumulator_bytes: int
-    """Of dW in float32, where several chunks add to it."""
 
 
 def plan_chunks(
@@ -56,27 +50,18 @@ def plan_chunks(
     budget: int | None = None,
     device: str = "cuda",
 ) -> ChunkPlan:
-    """Cut ``n_rows`` rows of ``n_vocab`` logits into chunks of about ``budget`` bytes (None: the device's default).
+    """Cut ``n_rows`` (at least one) rows of ``n_vocab`` logits into chunks of about ``budget`` bytes.
 
-    ``logit_bytes`` is the size of one logit, ``trained_weight`` whether dW is needed. See this module for the rule.
+    None is the device's default. ``logit_bytes`` is the size of one logit, ``trained_weight`` whether dW is needed.
+    See this module for the rule.
     """
-    if n_rows == 0:
-        return ChunkPlan(rows=0, count=0, defer=trained_weight, buffer_bytes=0, accumulator_bytes=0)
     key = device if device in DEFAULT_BUDGET else "cuda"
     fit = max((DEFAULT_BUDGET[key] if budget is None else budget) // (logit_bytes * n_vocab), MIN_ROWS[key])
-    free = ACCUMULATOR_ROWS * width // logit_bytes if trained_weight else 0
+    free = ACCUMULATOR_BYTES * width // logit_bytes if trained_weight else 0
     if n_rows <= fit + free:
-        return ChunkPlan(n_rows, 1, trained_weight, logit_bytes * n_rows * n_vocab, 0)
+        return ChunkPlan(rows=n_rows, defer=trained_weight)
     count = math.ceil(n_rows / fit)
-    rows = round_up(math.ceil(n_rows / count), ROW_MULTIPLE)
-    rows = rows if rows <= fit else fit
-    return ChunkPlan(
-        rows=rows,
-        count=math.ceil(n_rows / rows),
-        defer=False,
-        buffer_bytes=logit_bytes * rows * n_vocab,
-        accumulator_bytes=4 * n_vocab * width if trained_weight else 0,
-    )
+    return ChunkPlan(rows=min(round_up(math.ceil(n_rows / count), ROW_MULTIPLE), fit), defer=False)
 
 
 def plan_columns(n_rows: int, n_vocab: int, *, logit_bytes: int, multiple: int, budget: int | None = None) -> int:

@@ -52,13 +52,13 @@ def reference_loss(
     score_values: Tensor,  # (K,)
     *,
     bias: Tensor | None,  # (V,)
-    row_weights: Tensor | None,  # (N,)
-    score_weights: Tensor | None,  # (B,)
+    row_weights: Tensor,  # (N,)
+    score_weights: Tensor,  # (B,)
     softcap: float | None,
     logit_scale: float,
     normalize: str,
 ) -> TractLoss:
-    """The loss of ``linear_tract_loss`` by autograd; arguments as there, already checked.
+    """The loss of ``linear_tract_loss`` by autograd; arguments as there, already checked, weights given.
 
     It holds several N x V tensors. Indices out of range, which an unchecked caller may pass, are clamped into it.
     """
@@ -77,10 +77,6 @@ def reference_loss(
         score_probs = vocab_probs if normalize == "vocab" else score_logits[:, score_token_ids].softmax(-1)
         expected = score_probs @ score_values.to(logits.dtype)  # (B,)
 
-        if row_weights is None:
-            row_weights = has_label.to(nll.dtype) / has_label.sum().clamp(min=1)
-        if score_weights is None:
-            score_weights = torch.full_like(expected, 1 / max(len(expected), 1))
         squared_error = (expected - score_targets.to(expected.dtype)).square()
         loss = (row_weights.to(nll.dtype) * nll).sum() + (score_weights.to(nll.dtype) * squared_error).sum()
     return TractLoss(loss, nll.detach(), expected.detach(), vocab_probs.detach().sum(-1), score_probs.detach())

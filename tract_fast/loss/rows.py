@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tract_fast.loss.terms import RowStats, RowTerms
+from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 BLOCK = 2**20  # logits at a time: 4 MiB in float32
 
@@ -34,99 +34,69 @@ class Picked(NamedTuple):
     scores: Tensor
 
 
-def pick(hidden: Tensor, weight: Tensor, labels: Tensor, score_token_ids: Tensor) -> Picked:
-    """The logits of the labels (some row's where there is none) and of the score tokens: N D (K + 1) products."""
-    of_tokens = weight[score_token_ids].float().t()  # (D, K)
+def pick(hidden: Tensor, labels: Tensor, a: Arguments) -> Picked:
+    """The logits of the labels (some column's where there is none) and of the score tokens: n D (K + 1) products."""
+    of_tokens = a.weight[a.score_token_ids].float().t()  # (D, K)
     label = hidden.new_empty(len(hidden), dtype=torch.float32)
-    scores = hidden.new_empty(len(hidden), len(score_token_ids), dtype=torch.float32)
+    scores = hidden.new_empty(len(hidden), len(a.score_token_ids), dtype=torch.float32)
     step = max(1, BLOCK // hidden.shape[1])
     for i in range(0, len(hidden), step):
         exact = hidden[i : i + step].float()
-        label[i : i + step] = (exact * weight[labels[i : i + step].clamp(min=0)].float()).sum(1)
+        label[i : i + step] = (exact * a.weight[labels[i : i + step].clamp(min=0)].float()).sum(1)
         scores[i : i + step] = exact @ of_tokens
     return Picked(label, scores)
 
 
-def row_pass(
-    logits: Tensor,
-    picked: Picked,
-    terms: RowTerms,
-    score_token_ids: Tensor,
-    score_values: Tensor,
-    stats: RowStats,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    vocab: bool,
-    gradient: bool,
-) -> None:
+def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, *, gradient: bool) -> None:
     """Write ``stats`` of raw ``logits`` (n, V) ``hidden @ weight.T``; with ``gradient`` turn them into dZ, in place.
 
     dZ is the gradient with respect to the raw logits, in units of ``terms.unit``; rows that are not used get zeros.
     """
     step = max(1, BLOCK // logits.shape[1])
-    picked = transform_picked(picked, terms.labels, score_token_ids, bias, softcap, logit_scale)
+    picked = transform_picked(picked, terms.labels, a)
     for i in range(0, len(logits), step):
         j = min(i + step, len(logits))
         part = terms.rows(i, j)
-        z, slope = transform(logits[i:j].float(), bias, softcap, logit_scale)
-        own = Picked(picked.label[i:j], picked.scores[i:j])
-        dz = rows(z, own, part, score_token_ids, score_values, stats.rows(i, j), vocab, gradient)
+        z, slope = transform(logits[i:j].float(), a.bias, a)
+        dz = rows(z, Picked(picked.label[i:j], picked.scores[i:j]), part, stats.rows(i, j), a, gradient)
         if gradient:
             dz = dz.mul_(slope) if slope is not None else dz
             logits[i:j] = dz.masked_fill_(~part.used[:, None], 0.0)
 
 
-def transform(
-    z: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
-) -> tuple[Tensor, Tensor | float | None]:
+def transform(z: Tensor, bias: Tensor | None, a: Arguments) -> tuple[Tensor, Tensor | float | None]:
     """(capped logits, derivative with respect to the raw ones; None where it is 1)."""
     if bias is not None:
         z = z + bias
     slope = None
-    if logit_scale != 1.0:
-        z, slope = z * logit_scale, logit_scale
-    if softcap is not None:
-        t = torch.tanh(z / softcap)
-        z, slope = softcap * t, logit_scale * (1 - t * t)
+    if a.logit_scale != 1.0:
+        z, slope = z * a.logit_scale, a.logit_scale
+    if a.softcap is not None:
+        t = torch.tanh(z / a.softcap)
+        z, slope = a.softcap * t, a.logit_scale * (1 - t * t)
     return z, slope
 
 
-def transform_picked(
-    picked: Picked, labels: Tensor, ids: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
-) -> Picked:
+def transform_picked(picked: Picked, labels: Tensor, a: Arguments) -> Picked:
     """The picked logits after bias, scale and cap."""
-    of_label, of_scores = (None, None) if bias is None else (bias[labels.clamp(min=0)], bias[ids])
-    return Picked(
-        transform(picked.label, of_label, softcap, logit_scale)[0],
-        transform(picked.scores, of_scores, softcap, logit_scale)[0],
-    )
+    biases = (None, None) if a.bias is None else (a.bias[labels.clamp(min=0)], a.bias[a.score_token_ids])
+    return Picked(*(transform(z, bias, a)[0] for z, bias in zip(picked, biases, strict=True)))
 
 
-def rows(
-    z: Tensor,
-    picked: Picked,
-    terms: RowTerms,
-    ids: Tensor,
-    values: Tensor,
-    stats: RowStats,
-    vocab: bool,
-    gradient: bool,
-) -> Tensor | None:
+def rows(z: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, gradient: bool) -> Tensor | None:
     """Statistics and the gradient with respect to the capped logits ``z`` (n, V) float32, which it overwrites."""
     has_label = (terms.labels >= 0)[:, None]
     column = terms.labels.clamp(min=0)[:, None]  # (n, 1); rows without a label get back what stood there
     z.scatter_(1, column, z.gather(1, column).masked_fill(has_label, float("-inf")))
-    z[:, ids] = float("-inf")
+    z[:, a.score_token_ids] = float("-inf")
     top = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
     others = z.sub_(top[:, None]).exp_().sum(1)
-    at = finish(top, others, picked, terms, ids, values, stats, vocab)
+    at = finish(top, others, picked, terms, stats, a)
     if not gradient:
         return None
     dz = z.mul_(at.factor[:, None])
     dz.scatter_(1, column, torch.where(has_label, at.label[:, None], dz.gather(1, column)))
-    dz[:, ids] = at.scores
+    dz[:, a.score_token_ids] = at.scores
     return dz
 
 
@@ -141,20 +111,11 @@ class Coefficients(NamedTuple):
     """(n, K); right also where a score token is the label"""
 
 
-def finish(
-    top: Tensor,
-    others: Tensor,
-    picked: Picked,
-    terms: RowTerms,
-    ids: Tensor,
-    values: Tensor,
-    stats: RowStats,
-    vocab: bool,
-) -> Coefficients:
+def finish(top: Tensor, others: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments) -> Coefficients:
     """Write ``stats`` from the capped logits that were picked and, over all others, the largest logit ``top`` and the
     sum ``others`` of ``exp(z - top)``, both (n,); return what dZ is made of."""
     has_label = terms.labels >= 0
-    is_label = ids == terms.labels[:, None]  # (n, K)
+    is_label = a.score_token_ids == terms.labels[:, None]  # (n, K)
     z_label = picked.label.masked_fill(~has_label, float("-inf"))
     z_scores = torch.where(is_label, z_label[:, None], picked.scores)
     highest = torch.maximum(torch.maximum(top, z_label), z_scores.amax(1))
@@ -167,15 +128,15 @@ def finish(
     total = rest + e_label
     nll = torch.logaddexp(torch.log(rest) + (highest - z_label), torch.zeros_like(top)).masked_fill(~has_label, 0.0)
     p_scores = e_scores / total[:, None]
-    q = p_scores if vocab else z_scores.softmax(1)
-    expected = q @ values
+    q = p_scores if a.vocab else z_scores.softmax(1)
+    expected = q @ a.score_values
     for out, value in zip(stats, (nll, highest + torch.log(total), expected, p_scores.sum(1), q), strict=True):
         out.copy_(value)
 
     g = 2 * (expected * terms.score - terms.score_target)
     kappa, label = terms.ce, -terms.ce * rest / total
     scores = torch.where(is_label, label[:, None], terms.ce[:, None] * p_scores)
-    scores += g[:, None] * q * (values - expected[:, None])
-    if vocab:
+    scores += g[:, None] * q * (a.score_values - expected[:, None])
+    if a.vocab:
         kappa, label = kappa - g * expected, label - g * expected * e_label / total
     return Coefficients(kappa * torch.exp(top - highest) / total, label, scores)

@@ -17,6 +17,66 @@ from tract_fast.loss.reference import IGNORE_INDEX, TractLoss
 SCORE_OVER_CE = 4096.0  # score coefficients may exceed the unit by this factor: float16 still holds them
 
 
+class Arguments(NamedTuple):
+    """What every custom op takes, in order: the arguments of ``linear_tract_loss``, checked, none missing."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    score_rows: Tensor
+    score_targets: Tensor
+    score_token_ids: Tensor
+    score_values: Tensor
+    row_weights: Tensor
+    score_weights: Tensor
+    softcap: float | None
+    logit_scale: float
+    vocab: bool
+    budget: int | None
+    need_dx: bool
+    need_dw: bool
+    need_db: bool
+
+
+OP_SCHEMA = (  # of Arguments; the results are the loss, RowStats, and five tensors of the op's own for backward
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor score_rows, Tensor score_targets, "
+    "Tensor score_token_ids, Tensor score_values, Tensor row_weights, Tensor score_weights, float? softcap, "
+    "float logit_scale, bool vocab, int? budget, bool need_dx, bool need_dw, bool need_db) -> "
+    f"({', '.join(['Tensor'] * 11)})"
+)
+
+
+def op_arguments(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: dict[str, Tensor], **options
+) -> Arguments:
+    """Arguments from those of ``linear_tract_loss``; ``options`` are softcap, logit_scale, vocab and budget.
+
+    Casts as autocast asks, and clamps what rows and columns are found by: an unchecked index must not read outside a
+    buffer. Kernels walk over score values and bias without strides.
+    """
+    heads = [hidden, weight, bias]
+    device_type = hidden.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        heads = [x if x is None else x.to(dtype) for x in heads]
+    hidden, weight, bias = heads
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
+    return Arguments(
+        hidden=hidden,
+        weight=weight,
+        bias=None if bias is None else bias.contiguous(),
+        **targets
+        | {
+            "score_rows": targets["score_rows"].clamp(0, len(hidden) - 1),
+            "score_token_ids": targets["score_token_ids"].clamp(0, len(weight) - 1),
+            "score_values": targets["score_values"].contiguous(),
+        },
+        **options,
+        **dict(zip(("need_dx", "need_dw", "need_db"), needs, strict=True)),
+    )
+
+
 class RowTerms(NamedTuple):
     """Per row, on the device of the hidden states, float32 where not said otherwise; coefficients in units of ``unit``.
 
@@ -41,31 +101,23 @@ class RowTerms(NamedTuple):
         return RowTerms(*(x[start:stop] for x in self[:-1]), self.unit)
 
 
-def row_terms(
-    n_vocab: int,
-    labels: Tensor,
-    score_rows: Tensor,
-    score_targets: Tensor,
-    score_values: Tensor,
-    row_weights: Tensor,
-    score_weights: Tensor,
-) -> RowTerms:
-    """Gather the terms by row. Arguments as in ``linear_tract_loss``, weights given, at least one row."""
-    has_label = labels != IGNORE_INDEX
-    ce = row_weights.masked_fill(~has_label, 0.0)
-    zeros = torch.zeros_like(row_weights)
-    score = zeros.index_put((score_rows,), score_weights, accumulate=True)
-    score_target = zeros.index_put((score_rows,), score_weights * score_targets, accumulate=True)
-    largest = score_values.abs().max()
+def row_terms(a: Arguments) -> RowTerms:
+    """Gather the terms by row; at least one row."""
+    has_label = a.labels != IGNORE_INDEX
+    ce = a.row_weights.masked_fill(~has_label, 0.0)
+    zeros = torch.zeros_like(a.row_weights)
+    score = zeros.index_put((a.score_rows,), a.score_weights, accumulate=True)
+    score_target = zeros.index_put((a.score_rows,), a.score_weights * a.score_targets, accumulate=True)
+    largest = a.score_values.abs().max()
     bound = 2 * largest * (largest * score.abs() + score_target.abs())  # of any score gradient
     coefficient = torch.maximum(ce.abs(), bound / SCORE_OVER_CE).max()
     unit = torch.where(coefficient > 0, torch.exp2(torch.ceil(torch.log2(coefficient))), 1.0)
     return RowTerms(
-        labels=column_labels(labels, n_vocab),
+        labels=column_labels(a.labels, len(a.weight)),
         ce=ce / unit,
         score=score / unit,
         score_target=score_target / unit,
-        used=used_rows(labels, score_rows),
+        used=used_rows(a.labels, a.score_rows),
         unit=unit,
     )
 
@@ -78,56 +130,6 @@ def column_labels(labels: Tensor, n_vocab: int) -> Tensor:
 def used_rows(labels: Tensor, score_rows: Tensor) -> Tensor:
     """(N,) bool: the row has a label or a score."""
     return (labels != IGNORE_INDEX).index_fill(0, score_rows, True)
-
-
-def op_arguments(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    score_rows: Tensor,
-    score_targets: Tensor,
-    score_token_ids: Tensor,
-    score_values: Tensor,
-    *,
-    bias: Tensor | None,
-    row_weights: Tensor | None,
-    score_weights: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    normalize: str,
-    memory_budget: int | None,
-) -> tuple:
-    """The positional arguments of the custom ops, which all take the same, from those of ``linear_tract_loss``,
-    checked.
-
-    Casts as autocast asks, makes the means that None stands for, and clamps what rows and columns are found by: an
-    unchecked index must not read outside a buffer. The last three say for which of hidden, weight and bias a gradient
-    will be asked.
-    """
-    heads = [hidden, weight, bias]
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        heads = [x if x is None else x.to(dtype) for x in heads]
-    n, n_scores, has_label = len(hidden), len(score_rows), labels != IGNORE_INDEX
-    if row_weights is None:
-        row_weights = has_label.float() / has_label.sum().clamp(min=1)
-    if score_weights is None:
-        score_weights = torch.full((n_scores,), 1 / max(n_scores, 1), device=hidden.device)
-    return (
-        *heads,
-        labels,
-        score_rows.clamp(0, n - 1),
-        score_targets,
-        score_token_ids.clamp(0, len(weight) - 1),
-        score_values,
-        row_weights,
-        score_weights,
-        softcap,
-        logit_scale,
-        normalize == "vocab",
-        memory_budget,
-        *(torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads),
-    )
 
 
 class RowStats(NamedTuple):
@@ -148,17 +150,19 @@ class RowStats(NamedTuple):
         return RowStats(*(x[start:stop] for x in self))
 
 
-def new_stats(hidden: Tensor, n_tokens: int) -> RowStats:
-    n = len(hidden)
-    return RowStats(*(hidden.new_zeros(*shape, dtype=torch.float32) for shape in [(n,)] * 4 + [(n, n_tokens)]))
+def new_scalar(a: Arguments) -> Tensor:
+    return a.hidden.new_empty((), dtype=torch.float32)
 
 
-def total_loss(
-    stats: RowStats, row_weights: Tensor, score_rows: Tensor, score_targets: Tensor, score_weights: Tensor
-) -> Tensor:
+def new_stats(a: Arguments) -> RowStats:
+    n, k = len(a.hidden), len(a.score_token_ids)
+    return RowStats(*(a.hidden.new_empty(shape, dtype=torch.float32) for shape in [(n,)] * 4 + [(n, k)]))
+
+
+def total_loss(stats: RowStats, a: Arguments) -> Tensor:
     """(): the loss, from the statistics."""
-    error = stats.expected[score_rows] - score_targets
-    return (row_weights * stats.nll).sum() + (score_weights * error.square()).sum()
+    error = stats.expected[a.score_rows] - a.score_targets
+    return (a.row_weights * stats.nll).sum() + (a.score_weights * error.square()).sum()
 
 
 def result(loss: Tensor, stats: RowStats, score_rows: Tensor) -> TractLoss:

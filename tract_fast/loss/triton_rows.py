@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tract_fast.loss.terms import RowStats, RowTerms
+from tract_fast.loss.rows import Picked
+from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 ROWS_IN_FLIGHT = 1
 
@@ -45,6 +46,34 @@ def transformed(z, softcap, logit_scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(z, slope) of a block of columns; -inf where the buffer holds it (taken out) and beyond the row."""
+    here = cols < n_vocab
+    raw = tl.load(start_of_row + cols, mask=here, other=float("-inf")).to(tl.float32)
+    z = raw
+    if HAS_BIAS:
+        z += tl.load(bias + cols, mask=here, other=0.0).to(tl.float32)
+    z, slope = transformed(z, softcap, logit_scale, SOFTCAP)
+    return tl.where(raw == float("-inf"), raw, z), slope
+
+
+@triton.jit
+def row_sums(
+    start_of_row, n_vocab, bias, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Pass 1: (largest logit, sum of exponentials relative to it), the lowest float and 0 where all are taken out."""
+    top, others = -3.4028234663852886e38, 0.0
+    for start in range(0, n_vocab, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z, _ = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)
+        new_top = tl.maximum(top, tl.max(z, 0))
+        others = others * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
+        top = new_top
+    return top, others
+
+
+@triton.jit
 def row_kernel(
     logits, n_rows, n_vocab, stride,
     bias, picked_label, picked_scores,
@@ -55,35 +84,23 @@ def row_kernel(
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
-    LOWEST = -3.4028234663852886e38
+    dtype = logits.dtype.element_ty
+    k = tl.arange(0, K)
+    is_token = k < n_tokens
+    token = tl.load(ids + k, mask=is_token, other=0)
+    value = tl.load(values + k, mask=is_token, other=0.0)
+    nothing = tl.full((K,), float("-inf"), tl.float32).to(dtype)
     for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         start_of_row = logits + row * stride
         label = tl.load(labels + row)
         is_used = tl.load(used + row) != 0
-        k = tl.arange(0, K)
-        is_token = k < n_tokens
-        token = tl.load(ids + k, mask=is_token, other=0)
         # the same addresses are read or written again by other threads of this program: hence the barriers
-        nothing = tl.full((K,), float("-inf"), tl.float32).to(logits.dtype.element_ty)
         tl.store(start_of_row + tl.maximum(label, 0) + k, nothing, (k == 0) & (label >= 0))
         tl.store(start_of_row + token, nothing, is_token)
         tl.debug_barrier()
-        top, others = LOWEST, 0.0
-        for start in range(0, n_vocab, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            here = cols < n_vocab
-            raw = tl.load(start_of_row + cols, mask=here, other=float("-inf")).to(tl.float32)
-            z = raw
-            if HAS_BIAS:
-                z += tl.load(bias + cols, mask=here, other=0.0).to(tl.float32)
-            z, _ = transformed(z, softcap, logit_scale, SOFTCAP)
-            z = tl.where(raw == float("-inf"), raw, z)
-            new_top = tl.maximum(top, tl.max(z, 0))
-            others = others * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
-            top = new_top
+        top, others = row_sums(start_of_row, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, BLOCK)
 
-        value = tl.load(values + k, mask=is_token, other=0.0)
         z_label = tl.load(picked_label + row)
         z_scores = tl.load(picked_scores + row * n_tokens + k, mask=is_token, other=0.0)
         if HAS_BIAS:
@@ -102,8 +119,6 @@ def row_kernel(
         total = rest + e_label
         ratio = tl.log(rest) + (highest - z_label)
         softplus = tl.maximum(ratio, 0.0) + log1p(tl.exp(-tl.abs(ratio)))
-        tl.store(nll + row, tl.where(label >= 0, softplus, 0.0))
-        tl.store(lse + row, highest + tl.log(total))
         p_scores = e_scores / total
         if VOCAB:
             q = p_scores
@@ -111,6 +126,8 @@ def row_kernel(
             e_among = tl.exp(z_scores - tl.max(z_scores, 0))
             q = e_among / tl.sum(e_among, 0)
         y_hat = tl.sum(q * value, 0)
+        tl.store(nll + row, tl.where(label >= 0, softplus, 0.0))
+        tl.store(lse + row, highest + tl.log(total))
         tl.store(expected + row, y_hat)
         tl.store(mass + row, tl.sum(p_scores, 0))
         tl.store(probs + row * n_tokens + k, q, mask=is_token)
@@ -127,47 +144,29 @@ def row_kernel(
             factor = kappa * tl.exp(top - highest) / total
             for start in range(0, n_vocab, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
-                here = cols < n_vocab
-                raw = tl.load(start_of_row + cols, mask=here, other=float("-inf")).to(tl.float32)
-                z = raw
-                if HAS_BIAS:
-                    z += tl.load(bias + cols, mask=here, other=0.0).to(tl.float32)
-                z, slope = transformed(z, softcap, logit_scale, SOFTCAP)
-                dz = tl.where(is_used & (raw != float("-inf")), factor * tl.exp(z - top) * slope, 0.0)
-                tl.store(start_of_row + cols, dz.to(logits.dtype.element_ty), mask=here)
+                z, slope = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)
+                dz = tl.where(is_used & (z != float("-inf")), factor * tl.exp(z - top) * slope, 0.0)
+                tl.store(start_of_row + cols, dz.to(dtype), mask=cols < n_vocab)
             tl.debug_barrier()
             if (label >= 0) & is_used:
-                tl.store(start_of_row + label, (dz_label * slope_label).to(logits.dtype.element_ty))
+                tl.store(start_of_row + label, (dz_label * slope_label).to(dtype))
             tl.debug_barrier()
-            tl.store(start_of_row + token, (dz_scores * slope_scores).to(logits.dtype.element_ty), is_token & is_used)
+            tl.store(start_of_row + token, (dz_scores * slope_scores).to(dtype), is_token & is_used)
 
 
-def row_pass(
-    logits: Tensor,
-    picked,
-    terms: RowTerms,
-    score_token_ids: Tensor,
-    score_values: Tensor,
-    stats: RowStats,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    vocab: bool,
-    gradient: bool,
-) -> None:
-    """``rows.row_pass`` on CUDA: the same arguments, results and limits."""
+def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, *, gradient: bool) -> None:
+    """``rows.row_pass`` on CUDA: the same arguments and results."""
     n, n_vocab = logits.shape
     block, warps = row_config(n_vocab, logits.element_size())
     row_kernel[(programs(n, logits.device),)](
         logits, n, n_vocab, logits.stride(0),
-        logits if bias is None else bias, picked.label, picked.scores,
+        logits if a.bias is None else a.bias, *picked,
         terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
-        score_token_ids, score_values, len(score_token_ids),
+        a.score_token_ids, a.score_values, len(a.score_token_ids),
         *stats,
-        1.0 if softcap is None else softcap, logit_scale,
-        HAS_BIAS=bias is not None, SOFTCAP=softcap is not None, VOCAB=vocab, GRADIENT=gradient,
-        BLOCK=block, K=triton.next_power_of_2(len(score_token_ids)), num_warps=warps,
+        1.0 if a.softcap is None else a.softcap, a.logit_scale,
+        HAS_BIAS=a.bias is not None, SOFTCAP=a.softcap is not None, VOCAB=a.vocab, GRADIENT=gradient,
+        BLOCK=block, K=triton.next_power_of_2(len(a.score_token_ids)), num_warps=warps,
     )  # fmt: skip
 
 
