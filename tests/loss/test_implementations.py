@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.loss_problems import INPUTS, UPSTREAM, closed_form, gradients, problem, problems, rounded, tensors
 from tract_fast import linear_tract_loss
-from tract_fast.loss import chunked as chunked_module, plan
+from tract_fast.loss import chunked as chunked_module, plan, rows as row_module
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available()
@@ -39,12 +39,16 @@ def on_device(args):
 
 @contextmanager
 def chunks_of(rows: int):
-    """Cut batches of any size: chunks of at most ``rows`` rows, and blocks of one tile in the fused backward."""
+    """Cut batches of any size: chunks of at most ``rows`` rows, row passes of a few logits at a time, and blocks of one
+    tile in the fused backward."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "MIN_ROWS", dict.fromkeys(plan.MIN_ROWS, rows))
         patch.setattr(plan, "ROW_MULTIPLE", 1)
         patch.setattr(plan, "MIN_TILES", 1)
         patch.setattr(plan, "ACCUMULATOR_BYTES", 0)
+        patch.setattr(row_module, "BLOCK", 64)
+        if INTERPRETED:
+            patch.setattr("tract_fast.loss.triton_rows.BLOCK_BYTES", 64)
         yield {"memory_budget": 1}
 
 

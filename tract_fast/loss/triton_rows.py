@@ -24,6 +24,7 @@ from tract_fast.loss.rows import Picked
 from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 ROWS_IN_FLIGHT = 1
+BLOCK_BYTES = 2**15  # of a row that are read at a time
 
 
 @triton.jit
@@ -172,7 +173,7 @@ def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a
 
 def row_config(n_vocab: int, logit_bytes: int) -> tuple[int, int]:
     """(BLOCK, warps): 16-byte loads for every thread, blocks no larger than the row."""
-    block = min(max(triton.next_power_of_2(n_vocab), 16), 32768 // logit_bytes)
+    block = min(max(triton.next_power_of_2(n_vocab), 16), BLOCK_BYTES // logit_bytes)
     return block, min(max(block // 512, 1), 32)
 
 
