@@ -75,7 +75,7 @@ def linear_tract_loss(
         gradient: "exact".
         eps, seed: None; nothing uses them with the implementations there are.
         memory_budget: about how many bytes of logits "chunked" (of dZ "fused") may hold at a time; None is 1 GiB on
-            CUDA (128 MiB) and 256 MiB on the CPU. At least 1024 rows (128 on the CPU) are held at any budget.
+            CUDA (128 MiB) and 256 MiB on the CPU. Up to 1024 rows (128 on the CPU) are held at any budget.
         implementation: "reference", "chunked" (a chunk of rows at a time), "fused" (CUDA; no logits in memory, each
             computed twice), or "auto": see ``choose``.
         check: check the values of CUDA tensors too, which waits for the device; those of CPU tensors always are, but

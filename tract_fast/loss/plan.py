@@ -6,8 +6,9 @@ Let C be rows per chunk, with logits of s bytes (2 or 4), W of V x D, and a budg
 of a chunk re-read W twice and, with several chunks, read and write a float32 accumulator of dW: ``8 V D`` bytes beside
   ``2 C V D`` FLOP. On an H100 (about 700 TFLOP/s, 3 TB/s) that traffic takes ``1000 / C`` of the GEMM's time: as long
   as
-  the GEMM itself at C = 1000, hidden behind it from C = 4000 on. Chunks of 64 rows, which ``V / D`` gives, are 10 times
-  slower than need be. ``MIN_ROWS`` bounds C from below, at the cost of going over a budget that is too small for it.
+  the GEMM itself at C = 1000, hidden behind it from C = 4000 on. Chunks of 64 rows, which ``V / D`` gives, spend many
+  times the GEMM's time on it (all of this is calculated, not measured). So a budget too small for ``MIN_ROWS`` rows is
+  gone over.
 - *One chunk where that is also smaller.* The float32 accumulator is ``4 V D`` bytes: as much as the logits of
   ``4 D / s`` rows. So with W trained, several chunks need ``s C V + 4 V D`` bytes and one needs ``s N V``: for
   ``N <= C + 4 D / s`` one chunk is smaller, faster, and more exact (dW leaves the GEMM's own float32 accumulator once).
@@ -23,7 +24,7 @@ import math
 from dataclasses import dataclass
 
 DEFAULT_BUDGET = {"cuda": 2**30, "cpu": 2**28}  # bytes of logits; other devices as "cuda"
-MIN_ROWS = {"cuda": 1024, "cpu": 128}  # below it GEMMs starve (KERNELS: measured on 2 cores, calculated for an H100)
+MIN_ROWS = {"cuda": 1024, "cpu": 128}  # below it GEMMs starve (calculated, not measured)
 ROW_MULTIPLE = 128
 ACCUMULATOR_BYTES = 4  # of an entry of dW in float32, which only several chunks need
 BLOCK_BUDGET = 2**27  # bytes of dZ in the fused backward
