@@ -61,11 +61,11 @@ def cases():
                     }
                     name = f"{options}, {'dZ' if gradient else 'loss only'}, BLOCK {block}, K {constants['K']}"
                     yield triton_rows.row_kernel, name, dtype, constants, warps, 3
-            for tile in fused.TILES[size]:
-                constants = flags | {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "UPCAST": False}
-                name = f"{options}, {tile.bm}x{tile.bn}x{tile.bk}, {tile.warps} warps, {tile.stages} stages"
-                for kernel in (fused.sums_kernel, fused.dz_kernel):
-                    yield kernel, name, dtype, constants, tile.warps, tile.stages
+            tile = fused.TILES[size]
+            constants = flags | {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "UPCAST": False}
+            name = f"{options}, {tile.bm}x{tile.bn}x{tile.bk}, {tile.warps} warps, {tile.stages} stages"
+            for kernel in (fused.sums_kernel, fused.dz_kernel):
+                yield kernel, name, dtype, constants, tile.warps, tile.stages
 
 
 def build(kernel, name: str, dtype: str, constants: dict, warps: int, stages: int, arch: int) -> Built:

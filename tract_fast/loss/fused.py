@@ -49,10 +49,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILES = {  # by bytes of an element: what may be chosen, the default first
-    2: (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
-    4: (Tile(64, 64, 32, 4, 3),),
-}
+TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}  # by bytes of an element
 INTERPRETED = Tile(16, 32, 16, 4, 1)  # UPCAST goes with it: triton's interpreter multiplies bfloat16 as integers
 
 
@@ -146,7 +143,7 @@ def dz_kernel(
 
 
 def tile_for(dtype: torch.dtype, device: torch.device) -> Tile:
-    return INTERPRETED if device.type != "cuda" else TILES[dtype.itemsize][0]
+    return INTERPRETED if device.type != "cuda" else TILES[dtype.itemsize]
 
 
 def shares(n_rows: int, n_vocab: int, tile: Tile, device: torch.device) -> tuple[int, int]:
