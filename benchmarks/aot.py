@@ -15,7 +15,9 @@ import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import triton
@@ -46,34 +48,34 @@ class Built:
 
 
 def cases():
-    """(kernel, options, dtype, signature types, constants, warps, stages) of everything that can be chosen."""
+    """(kernel, name, dtype, constants, launch configuration) of everything that can be chosen.
+
+    Of the flags the row kernel's combinations with most registers: the vocabulary's normalisation, K of 8 and 16; bias
+    and cap together.
+    """
     for dtype, size in DTYPES.items():
         for options, (bias, cap) in OPTIONS.items():
             flags = {"HAS_BIAS": bias, "SOFTCAP": cap}
             for gradient in (False, True):
-                for n_vocab, tokens in ((32000, 5), (151936, 16)):
-                    block, warps = triton_rows.row_config(n_vocab, size)
-                    constants = flags | {
-                        "VOCAB": True,
-                        "GRADIENT": gradient,
-                        "BLOCK": block,
-                        "K": triton.next_power_of_2(tokens),
-                    }
-                    name = f"{options}, {'dZ' if gradient else 'loss only'}, BLOCK {block}, K {constants['K']}"
-                    yield triton_rows.row_kernel, name, dtype, constants, warps, 3
-            tile = fused.TILES[size]
-            constants = flags | {"BM": tile.bm, "BN": tile.bn, "BK": tile.bk, "UPCAST": False}
-            name = f"{options}, {tile.bm}x{tile.bn}x{tile.bk}, {tile.warps} warps, {tile.stages} stages"
+                for config in triton_rows.candidates(size):
+                    if config.kwargs["PER_UNIT"] > 1:
+                        continue  # the same binary
+                    for k in (8, 16):
+                        constants = flags | {"VOCAB": True, "GRADIENT": gradient, "K": k}
+                        name = f"{options}, {'dZ' if gradient else 'loss only'}, K {k}"
+                        yield triton_rows.row_kernel, name, dtype, constants, config
             for kernel in (fused.sums_kernel, fused.dz_kernel):
-                yield kernel, name, dtype, constants, tile.warps, tile.stages
+                for config in fused.TILES[kernel.__name__.removesuffix("_kernel"), size]:
+                    yield kernel, options, dtype, flags, config
 
 
-def build(kernel, name: str, dtype: str, constants: dict, warps: int, stages: int, arch: int) -> Built:
+def build(kernel, name: str, dtype: str, constants: dict, config: triton.Config, arch: int) -> Built:
     """Compile one case for ``arch`` (90 is sm_90) and read what it came to."""
+    constants = constants | config.kwargs
     in_dtype = {"hidden", "weight", "bias", "logits", "dz"}
     integers = {"labels": "*i64", "ids": "*i64", "used": "*i1"}
     scalars = {"softcap": "fp32", "logit_scale": "fp32"}
-    counts = {"n_rows", "n_vocab", "stride", "width", "n_tokens", "tiles_per_share", "first", "last"}
+    counts = {"n_rows", "n_vocab", "stride", "width", "n_tokens", "first", "last"}
     types, attributes = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constants:
@@ -85,13 +87,12 @@ def build(kernel, name: str, dtype: str, constants: dict, warps: int, stages: in
         if types[arg].startswith("*") or arg in ("width", "n_vocab", "stride"):
             attributes[(i,)] = [["tt.divisibility", 16]]  # as for tensors of torch and usual sizes
     source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
-    binary = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
-    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, code = inspect(binary.asm["cubin"])
     return Built(
         kernel=kernel.__name__,
-        options=name,
+        options=f"{name}, {describe(config)}",
         dtype=dtype,
         arch=arch,
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -102,6 +103,11 @@ def build(kernel, name: str, dtype: str, constants: dict, warps: int, stages: in
     )
 
 
+def describe(config: triton.Config) -> str:
+    sizes = [f"{name} {value}" for name, value in config.kwargs.items() if name not in ("UPCAST", "PER_UNIT")]
+    return ", ".join([*sizes, f"{config.num_warps} warps", f"{config.num_stages} stages"])
+
+
 def inspect(cubin: bytes) -> tuple[str, str]:
     """(resource usage, disassembly) by the ``cuobjdump`` that triton carries."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -110,6 +116,11 @@ def inspect(cubin: bytes) -> tuple[str, str]:
         file.flush()
         run = lambda flag: subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout  # noqa: E731
         return run("--dump-resource-usage"), run("--dump-sass")
+
+
+def build_nth(job: tuple[int, int]) -> Built:
+    i, arch = job
+    return build(*next(islice(cases(), i, None)), arch)
 
 
 def problems(built: Built) -> list[str]:
@@ -127,9 +138,13 @@ def problems(built: Built) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(SHARED_LIMIT), help="80, 90, 100")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
-    rows = [build(*case, arch) for arch in args.arch for case in cases()]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        # a kernel cannot be sent to another process, so a case is known by its place
+        jobs = [(i, arch) for arch in args.arch for i, _ in enumerate(cases())]
+        rows = list(pool.map(build_nth, jobs))
     print(f"triton {triton.__version__}; {os.cpu_count()} cores")
     print(f"{'kernel':12} {'arch':5} {'dtype':5} {'regs':>4} {'stack':>5} {'shared':>7} {'instr':>6}  configuration")
     for b in rows:

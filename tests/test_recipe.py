@@ -191,7 +191,7 @@ def test_an_error_names_the_file_only_where_the_file_is_wrong(refused):
         (Loss, {"normalize": "labels"}, "loss.normalize"),
         (Loss, {"ce_reduction": "mean"}, "loss.ce_reduction"),
         (Loss, {"gradient": "sampled"}, "loss.gradient"),
-        (Loss, {"implementation": "fused"}, "loss.implementation"),
+        (Loss, {"implementation": "eager"}, "loss.implementation"),
         *[(Train, {name: 0}, f"train.{name}") for name in ("batch", "max_tokens", "epochs", "lr", "eps")],
         *[(Train, {name: 0}, f"train.{name}") for name in ("max_steps", "clip", "eval_every")],
         (Train, {"warmup": 1.5}, "train.warmup"),

@@ -14,14 +14,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from tract_fast import optim, recipe as recipes
 from tract_fast.data import batch as batches, prompt
 from tract_fast.data.prompt import Encoded
+from tract_fast.head import choose_loss
+from tract_fast.loss.plan import BLOCK_BUDGET, plan_chunks
 from tract_fast.model import DTYPES, add_lora, choose_attention
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
+from tract_fast.shard import local_device
 
 CPU_PROCESS = 450 * 2**20  # Python, torch, transformers, tokenizer, data: measured
 CPU_FRAGMENTATION = 0.75  # of the activations, held by malloc beside them: measured with the demo
@@ -96,10 +99,10 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
     else:
         kept = 1.0 if every == "full" else 1.0 / int(every)
         per_token = blocks * (kept * between_blocks + (1 - kept) * in_block) + in_block
-    vocabulary = lm.get_output_embeddings().out_features
+    device = local_device()
+    implementation, _ = choose_loss(recipe.loss.implementation, DTYPES[recipe.model.dtype], device, config)
     masters = 4 * trained
     activations = int(per_token * step.max_tokens)
-    logits = int(REFERENCE_LOGITS * 4 * step.max_rows * vocabulary)
     parts = {
         "frozen weights": frozen * width,
         "trained weights (float32)": masters,
@@ -107,14 +110,31 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
         "gradients (float32)": masters,
         "AdamW state (float32)": 2 * masters,
         f"activations of {step.max_tokens} tokens": activations,
-        f"logits of {step.max_rows} rows (reference loss, float32, forward and backward)": logits,
+        f"loss of {step.max_rows} rows ({implementation})": loss_memory(
+            implementation, lm.get_output_embeddings().weight, step.max_rows, device, width
+        ),
     }
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         parts |= {
             "the process (CPU)": CPU_PROCESS,
             "held by the allocator (CPU)": int(CPU_FRAGMENTATION * activations),
         }
     return parts
+
+
+def loss_memory(implementation: str, weight: Tensor, rows: int, device: torch.device, logit_bytes: int) -> int:
+    """Bytes that the loss holds at its peak beside the gradients: logits, dX, and dW in float32 if it is summed."""
+    n_vocab, hidden = weight.shape
+    if implementation == "reference":
+        return int(REFERENCE_LOGITS * 4 * rows * n_vocab)
+    dx = rows * hidden * (4 + logit_bytes)
+    if implementation == "fused":
+        return dx + BLOCK_BUDGET
+    plan = plan_chunks(
+        rows, n_vocab, hidden, logit_bytes=logit_bytes, trained_weight=weight.requires_grad, device=device.type
+    )
+    summed = 4 * n_vocab * hidden if weight.requires_grad and not plan.defer else 0
+    return plan.rows * n_vocab * logit_bytes + dx + summed
 
 
 def _meta_model(recipe: Recipe, config) -> nn.Module:
@@ -136,7 +156,8 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
     step = plan(recipe, data.train)
     console.rule("plan")
     first, last = (optim.learning_rate(s, step.steps, recipe.train) for s in (0, step.steps - 1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
+    loss, why = choose_loss(recipe.loss.implementation, DTYPES[recipe.model.dtype], device, data.config)
     name, reason = choose_attention(recipe.model, data.config, device)
     sequences = min(recipe.train.batch, len(data.train))
     console.print(
@@ -145,7 +166,7 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
         f"(first {step.planned} steps packed)\n"
         f"lr {first:.2e} at first, {recipe.train.lr:.2e} at its peak, {last:.2e} at last; "
         f"{len(data.held_out)} held-out examples; {len(data.left_out)} records left out\n"
-        f"device {device}; attention {name} ({reason})\n"
+        f"device {device}; attention {name} ({reason}); loss {loss} ({why})\n"
         f"{recipe.run.dir}: {f'goes on from {start.name}' if start else 'a new run'}",
         markup=False,
     )

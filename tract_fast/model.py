@@ -19,7 +19,7 @@ from tract_fast import attention
 from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
 from tract_fast.errors import UserError
-from tract_fast.head import TractHead
+from tract_fast.head import TractHead, choose_loss
 from tract_fast.loss import TractLoss
 from tract_fast.recipe import Lora, Model, Recipe
 
@@ -256,6 +256,8 @@ def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.de
     dtype = DTYPES[recipe.model.dtype]
     name, reason = choose_attention(recipe.model, config, device)
     say(f"attention: {name} ({reason})")
+    implementation, reason = choose_loss(recipe.loss.implementation, dtype, device, config)
+    say(f"loss: {implementation} ({reason})")
     lm = load_lm(recipe.model, dtype=dtype if recipe.lora.rank else torch.float32, attention_name=name)
     check_head(lm, tokenizer, recipe.model.path)
     lm.to(device)

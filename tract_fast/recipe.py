@@ -158,8 +158,8 @@ class Loss:
     """Mean over all trained tokens of a batch (the authors' code), or over its sequences' means."""
     gradient: Literal["exact"] = "exact"
     """How the gradient through the vocabulary is computed."""
-    implementation: Literal["auto", "reference"] = "auto"
-    """Which implementation of the loss; reference is plain PyTorch, and auto is that one for now."""
+    implementation: Literal["auto", "chunked", "fused", "reference"] = "auto"
+    """chunked (logits a chunk at a time), fused (no logits; CUDA), reference (plain PyTorch), or auto: the fastest."""
 
     def __post_init__(self) -> None:
         _require(self.ce_weight >= 0, "loss.ce_weight", self.ce_weight, "must be 0 or more")

@@ -35,12 +35,18 @@ class Ranks:
         return self.rank == 0
 
 
+def local_device() -> torch.device:
+    """The device of this process: its own CUDA device if there is one, else the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
 @contextlib.contextmanager
 def start_ranks() -> Iterator[Ranks]:
     """Join the process group of ``torchrun`` if there is one, else make a group of one; left at the end."""
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = local_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"

@@ -406,3 +406,40 @@ def test_no_sync_on_cuda(implementation):
             linear_tract_loss(**args, implementation=implementation).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs triton's interpreter, and times nothing")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_timing_picks_the_fastest_and_leaves_no_trace(implementation, monkeypatch):
+    """With TRACT_FAST_AUTOTUNE=1 every candidate runs, on a row kernel that overwrites its input too; the times here
+    are given, the last candidate's the best."""
+    import triton
+
+    from tract_fast.loss import fused, triton_rows, tuning
+
+    tile = lambda rows: triton.Config({"BM": rows, "BN": 32, "BK": 16, "UPCAST": True})  # noqa: E731
+    monkeypatch.setattr(fused, "INTERPRETED", (tile(16), tile(32)))
+    p = problem(9, 40, 5, 3, 4, seed=8, normalize="vocab")
+    args = lambda: on_device(tensors(p, torch.float32))  # noqa: E731
+    expected, expected_grads = gradients(args(), 1.7, implementation)
+
+    launched, ran = [], []
+    real = tuning.tuned.__wrapped__
+
+    def timed(kernel, candidates, in_place=None):
+        launch = real(kernel, candidates, in_place)
+        launch._do_bench = lambda call, quantiles: (call(), call(), ran.append(launch), [1.0 / len(ran)] * 3)[-1]
+        launched.append(launch)
+        return launch
+
+    monkeypatch.setenv("TRACT_FAST_AUTOTUNE", "1")
+    for module in (fused, triton_rows):
+        monkeypatch.setattr(module, "tuned", timed)
+    out, grads = gradients(args(), 1.7, implementation)
+    for launch in launched:
+        assert len(launch.configs) == 2 and ran.count(launch) == 2 and launch.best_config is launch.configs[-1]
+    assert launched
+    for ours, theirs in [*zip(out, expected, strict=True), *((grads[n], g) for n, g in expected_grads.items())]:
+        torch.testing.assert_close(ours, theirs)
+    monkeypatch.delenv("TRACT_FAST_AUTOTUNE")
+    assert len(real(triton_rows.row_kernel, triton_rows.candidates(4)).configs) == 1

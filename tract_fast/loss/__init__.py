@@ -1,8 +1,9 @@
 """The TRACT loss as one operator: cross-entropy on the rows, and a squared error of the expected score on some of them.
 
 This module holds the call: checks, dispatch, result. ``reference.py`` holds the definition; ``chunked.py`` and
-``fused.py`` compute it without the N x V logits. ``terms.py`` is what both need of the targets, ``rows.py`` the
-arithmetic of a row, ``triton_rows.py`` the same as a kernel, ``plan.py`` the sizes of chunks.
+``fused.py`` compute it without the N x V logits; ``choice.py`` says which one runs. ``terms.py`` is what both need of
+the targets, ``rows.py`` the arithmetic of a row, ``triton_rows.py`` the same as a kernel, ``plan.py`` the sizes of
+chunks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from tract_fast.loss.chunked import chunked_loss, interprets_triton
+from tract_fast.loss.choice import choose
+from tract_fast.loss.chunked import chunked_loss
 from tract_fast.loss.reference import IGNORE_INDEX, TractLoss, reference_loss
 from tract_fast.loss.terms import RowStats, op_arguments, result
 
@@ -77,7 +79,7 @@ def linear_tract_loss(
         memory_budget: about how many bytes of logits "chunked" (of dZ "fused") may hold at a time; None is 1 GiB on
             CUDA (128 MiB) and 256 MiB on the CPU. Up to 1024 rows (128 on the CPU) are held at any budget.
         implementation: "reference", "chunked" (a chunk of rows at a time), "fused" (CUDA; no logits in memory, each
-            computed twice), or "auto": see ``choose``.
+            computed twice), or "auto": see ``choice.py``.
         check: check the values of CUDA tensors too, which waits for the device; those of CPU tensors always are, but
             not under torch.compile.
 
@@ -107,7 +109,16 @@ def linear_tract_loss(
         check_values(len(hidden), len(weight), targets)
     targets |= mean_weights(hidden.dtype, targets)
     options = {"softcap": softcap, "logit_scale": logit_scale}
-    name, _ = choose(implementation, hidden.device.type, hidden.dtype)
+    name, _ = choose(
+        implementation,
+        device_type=hidden.device.type,
+        dtype=hidden.dtype,
+        n_rows=len(hidden),
+        n_vocab=len(weight),
+        width=hidden.shape[1],
+        gradient=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)),
+        budget=memory_budget,
+    )
     if name == "reference" or len(hidden) == 0:  # without rows there is nothing to chunk or fuse
         return reference_loss(hidden, weight, bias=bias, **options, normalize=normalize, **targets)
     args = op_arguments(hidden, weight, bias, targets, **options, vocab=normalize == "vocab", budget=memory_budget)
@@ -134,26 +145,6 @@ def operator(name: str):
     from tract_fast.loss.fused import fused_loss
 
     return fused_loss
-
-
-def choose(implementation: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-    """(name of the implementation that runs, reason) for a call of ``linear_tract_loss``.
-
-    Raises ValueError where the implementation cannot run.
-    """
-    if implementation == "reference":
-        return implementation, "asked for"
-    if dtype == torch.float64:
-        if implementation == "auto":
-            return "reference", "only it computes in float64"
-        raise ValueError(f"implementation = {implementation!r}: must be 'reference' for float64 tensors")
-    if implementation == "fused" and device_type != "cuda" and not interprets_triton():
-        raise ValueError(
-            f"implementation = 'fused': must be 'chunked' or 'auto' on {device_type}, it runs on CUDA only"
-        )
-    if implementation != "auto":
-        return implementation, "asked for"
-    return "reference", "chunked and fused are to be asked for until training has been tried with them"
 
 
 def check_options(softcap: float | None, logit_scale: float) -> None:

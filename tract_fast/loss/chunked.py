@@ -14,11 +14,10 @@ chunks. Nothing waits for the device and everything is deterministic.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from tract_fast.loss.choice import runs_triton
 from tract_fast.loss.plan import ChunkPlan, plan_chunks
 from tract_fast.loss.rows import pick, row_pass
 from tract_fast.loss.terms import OP_SCHEMA, Arguments, new_scalar, new_stats, row_terms, total_loss, used_rows
@@ -74,14 +73,9 @@ def _new_gradients(a: Arguments, defer: bool) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def interprets_triton() -> bool:
-    """Whether Triton runs its kernels on the CPU, which is slow and for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def row_pass_for(device: torch.device):
-    """The Triton kernel on CUDA, and on the CPU where Triton interprets; PyTorch otherwise."""
-    if device.type == "cuda" or interprets_triton():
+    """The Triton kernel where it runs, PyTorch otherwise."""
+    if runs_triton(device.type):
         from tract_fast.loss.triton_rows import row_pass as triton_row_pass
 
         return triton_row_pass

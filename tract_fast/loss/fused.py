@@ -16,13 +16,12 @@ and one block of dZ in it. Applies to any N, V, D and K; offsets are 64 bit.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tract_fast.loss.choice import interprets_triton
 from tract_fast.loss.chunked import accumulate, input_gradients, read, scaled
 from tract_fast.loss.plan import plan_columns
 from tract_fast.loss.rows import finish, pick, transform_picked
@@ -37,20 +36,25 @@ from tract_fast.loss.terms import (
     used_rows,
 )
 from tract_fast.loss.triton_rows import transformed
+from tract_fast.loss.tuning import tuned
 
 
-class Tile(NamedTuple):
-    """A launch configuration of both kernels: rows, columns and depth of a tile, warps and pipeline stages."""
-
-    bm: int
-    bn: int
-    bk: int
-    warps: int
-    stages: int
+def tile(bm: int, bn: int, bk: int, warps: int, stages: int) -> triton.Config:
+    """Rows, columns and depth of a tile, warps and pipeline stages."""
+    return triton.Config({"BM": bm, "BN": bn, "BK": bk, "UPCAST": False}, num_warps=warps, num_stages=stages)
 
 
-TILES = {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 32, 4, 3)}  # by bytes of an element
-INTERPRETED = Tile(16, 32, 16, 4, 1)  # UPCAST goes with it: triton's interpreter multiplies bfloat16 as integers
+# By kernel and bytes of an element, the default first. Tiles of 128 x 128 leave dz_kernel too few registers on sm_100,
+# ones of 128 x 256 leave none of the two enough; in float32, which no matrix unit multiplies exactly, 8 warps do.
+TILES = {
+    ("sums", 2): (tile(128, 128, 32, 8, 4), tile(128, 64, 64, 8, 4), tile(64, 256, 32, 8, 4)),
+    ("dz", 2): (tile(128, 64, 64, 8, 4), tile(64, 128, 64, 8, 4)),
+    ("sums", 4): (tile(64, 64, 32, 8, 3), tile(128, 64, 16, 8, 3)),
+    ("dz", 4): (tile(128, 64, 16, 8, 3), tile(64, 64, 16, 8, 3)),
+}
+# triton's interpreter multiplies bfloat16 as integers, hence UPCAST
+INTERPRETED = (triton.Config({"BM": 16, "BN": 32, "BK": 16, "UPCAST": True}),)
+ROWS, COLUMNS = 128, 128  # of a tile, where the host must know about how large it is
 
 
 @triton.jit
@@ -79,7 +83,7 @@ def tile_logits(
 @triton.jit
 def sums_kernel(
     hidden, weight, bias, labels, ids, top, others,
-    n_rows, n_vocab, width, n_tokens, tiles_per_share, softcap, logit_scale,
+    n_rows, n_vocab, width, n_tokens, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +95,8 @@ def sums_kernel(
     label = tl.load(labels + rows, mask=row_here, other=-1)
     m = tl.full((BM,), -3.4028234663852886e38, dtype=tl.float32)
     s = tl.zeros((BM,), dtype=tl.float32)
-    for tile in range(share * tiles_per_share, (share + 1) * tiles_per_share):
+    tiles = tl.cdiv(n_vocab, BN)
+    for tile in range(tiles * share // tl.num_programs(1), tiles * (share + 1) // tl.num_programs(1)):
         cols = tile * BN + tl.arange(0, BN)
         z, _ = tile_logits(
             hidden, weight, bias, rows, cols, n_rows, n_vocab, width, softcap, logit_scale,
@@ -117,7 +122,7 @@ def dz_kernel(
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """dZ of the columns ``first`` to ``last``, as (n_rows, last - first)."""
+    """dZ of the columns ``first`` to ``last``, as (n_rows, last - first), of raw logits as ``dz_label`` is."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     low = first + tl.program_id(1) * BN
     cols = low + tl.arange(0, BN)
@@ -128,7 +133,8 @@ def dz_kernel(
     )  # fmt: skip
     label = tl.load(labels + rows, mask=row_here, other=-1)
     m = tl.load(top + rows, mask=row_here, other=0.0)
-    out = tl.load(factor + rows, mask=row_here, other=0.0)[:, None] * tl.exp(z - m[:, None])
+    # times the slope at once: z and slope side by side would not fit the registers
+    out = tl.load(factor + rows, mask=row_here, other=0.0)[:, None] * tl.exp(z - m[:, None]) * slope
     at_label = tl.load(dz_label + rows, mask=row_here, other=0.0)
     out = tl.where(cols[None, :] == label[:, None], at_label[:, None], out)
     for k in range(n_tokens):
@@ -137,52 +143,36 @@ def dz_kernel(
             at_token = tl.load(dz_scores + rows.to(tl.int64) * n_tokens + k, mask=row_here, other=0.0)
             out = tl.where((cols == token)[None, :], at_token[:, None], out)
     is_used = tl.load(used + rows, mask=row_here, other=0) != 0
-    out = tl.where(is_used[:, None], out * slope, 0.0)
+    out = tl.where(is_used[:, None], out, 0.0)
     place = dz + rows.to(tl.int64)[:, None] * (last - first) + (cols - first)[None, :]
     tl.store(place, out.to(dz.dtype.element_ty), mask=row_here[:, None] & (cols < last)[None, :])
 
 
-def tile_for(dtype: torch.dtype, device: torch.device) -> Tile:
-    return INTERPRETED if device.type != "cuda" else TILES[dtype.itemsize]
+def tiled(kernel, name: str, dtype: torch.dtype):
+    return tuned(kernel, INTERPRETED if interprets_triton() else TILES[name, dtype.itemsize])
 
 
-def shares(n_rows: int, n_vocab: int, tile: Tile, device: torch.device) -> tuple[int, int]:
-    """(shares of the vocabulary, tiles in each): enough programs for four waves, whatever the number of rows."""
-    tiles = triton.cdiv(n_vocab, tile.bn)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    wanted = min(tiles, max(1, triton.cdiv(4 * multiprocessors, triton.cdiv(n_rows, tile.bm))))
-    each = triton.cdiv(tiles, wanted)
-    return triton.cdiv(tiles, each), each
+def shares(n_rows: int, n_vocab: int, device: torch.device) -> int:
+    """Shares of the vocabulary: enough programs for four waves, whatever the number of rows."""
+    if device.type != "cuda":
+        return 3
+    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(triton.cdiv(n_vocab, COLUMNS), triton.cdiv(programs, triton.cdiv(n_rows, ROWS))))
 
 
 def vocabulary_sums(a: Arguments, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(N,), (N,): the largest logit of each row and the sum of exponentials relative to it, without the label and the
     score tokens."""
     n, n_vocab = len(a.hidden), len(a.weight)
-    tile = tile_for(a.hidden.dtype, a.hidden.device)
-    count, each = shares(n, n_vocab, tile, a.hidden.device)
+    count = shares(n, n_vocab, a.hidden.device)
     top, others = (a.hidden.new_empty(count, n, dtype=torch.float32) for _ in range(2))
-    sums_kernel[(triton.cdiv(n, tile.bm), count)](
+    tiled(sums_kernel, "sums", a.hidden.dtype)[lambda meta: (triton.cdiv(n, meta["BM"]), count)](
         a.hidden, a.weight, a.hidden if a.bias is None else a.bias, labels, a.score_token_ids, top, others,
-        n, n_vocab, a.hidden.shape[1], len(a.score_token_ids), each, 1.0 if a.softcap is None else a.softcap,
-        a.logit_scale, **launch(tile, a.bias, a.softcap),
+        n, n_vocab, a.hidden.shape[1], len(a.score_token_ids), 1.0 if a.softcap is None else a.softcap,
+        a.logit_scale, HAS_BIAS=a.bias is not None, SOFTCAP=a.softcap is not None,
     )  # fmt: skip
     highest = top.amax(0)
     return highest, (others * torch.exp(top - highest)).sum(0)
-
-
-def launch(tile: Tile, bias: Tensor | None, softcap: float | None) -> dict:
-    """What both kernels are compiled for."""
-    return {
-        "HAS_BIAS": bias is not None,
-        "SOFTCAP": softcap is not None,
-        "BM": tile.bm,
-        "BN": tile.bn,
-        "BK": tile.bk,
-        "UPCAST": tile is INTERPRETED,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    }
 
 
 @torch.library.custom_op("tract_fast::fused_loss", mutates_args=(), schema=OP_SCHEMA)
@@ -192,9 +182,10 @@ def fused_loss(*args) -> tuple[Tensor, ...]:
     a = a._replace(hidden=a.hidden.contiguous(), weight=a.weight.contiguous())
     terms, stats = row_terms(a), new_stats(a)
     with torch.autocast(a.hidden.device.type, enabled=False):
-        picked = transform_picked(pick(a.hidden, terms.labels, a), terms.labels, a)
+        picked, slopes = transform_picked(pick(a.hidden, terms.labels, a), terms.labels, a)
         top, others = vocabulary_sums(a, terms.labels)
         at = finish(top, others, picked, terms, stats, a)
+        at = at._replace(label=at.label * slopes.label, scores=at.scores * slopes.scores)
         loss = total_loss(stats, a)
     return loss, *stats, terms.unit, top, *at
 
@@ -231,8 +222,8 @@ def fused_backward(
     hidden, weight = hidden.contiguous(), weight.contiguous()
     (n, width), n_vocab = hidden.shape, len(weight)
     used, scale = used_rows(labels, score_rows), grad_loss * unit
-    tile = tile_for(hidden.dtype, hidden.device)
-    columns = plan_columns(n, n_vocab, logit_bytes=hidden.element_size(), multiple=tile.bn, budget=budget)
+    columns = plan_columns(n, n_vocab, logit_bytes=hidden.element_size(), multiple=COLUMNS, budget=budget)
+    kernel = tiled(dz_kernel, "dz", hidden.dtype)
     dx = hidden.new_zeros(n if need_dx else 0, width, dtype=torch.float32)
     dw = weight.new_empty(n_vocab if need_dw else 0, width)
     db = weight.new_empty(n_vocab if need_db else 0)
@@ -242,11 +233,13 @@ def fused_backward(
         block = hidden.new_empty(n * columns)
         for first in range(0, n_vocab, columns):
             last = min(first + columns, n_vocab)
-            dz = block[: n * (last - first)].view(n, last - first)
-            dz_kernel[(triton.cdiv(n, tile.bm), triton.cdiv(last - first, tile.bn))](
+            size = last - first
+            dz = block[: n * size].view(n, size)
+            kernel[lambda meta, size=size: (triton.cdiv(n, meta["BM"]), triton.cdiv(size, meta["BN"]))](
                 hidden, weight, hidden if bias is None else bias, labels, used, top, factor, dz_label, dz_scores,
                 score_token_ids, dz, n, n_vocab, width, len(score_token_ids), first, last,
-                1.0 if softcap is None else softcap, logit_scale, **launch(tile, bias, softcap),
+                1.0 if softcap is None else softcap, logit_scale,
+                HAS_BIAS=bias is not None, SOFTCAP=softcap is not None,
             )  # fmt: skip
             if need_dx:
                 accumulate(dx, dz, weight[first:last], first=first == 0)

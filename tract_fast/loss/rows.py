@@ -53,34 +53,35 @@ def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a
     dZ is the gradient with respect to the raw logits, in units of ``terms.unit``; rows that are not used get zeros.
     """
     step = max(1, BLOCK // logits.shape[1])
-    picked = transform_picked(picked, terms.labels, a)
+    picked, _ = transform_picked(picked, terms.labels, a)
     for i in range(0, len(logits), step):
         j = min(i + step, len(logits))
         part = terms.rows(i, j)
         z, slope = transform(logits[i:j].float(), a.bias, a)
         dz = rows(z, Picked(picked.label[i:j], picked.scores[i:j]), part, stats.rows(i, j), a, gradient)
         if gradient:
-            dz = dz.mul_(slope) if slope is not None else dz
+            dz = dz.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else dz
             logits[i:j] = dz.masked_fill_(~part.used[:, None], 0.0)
 
 
-def transform(z: Tensor, bias: Tensor | None, a: Arguments) -> tuple[Tensor, Tensor | float | None]:
-    """(capped logits, derivative with respect to the raw ones; None where it is 1)."""
+def transform(z: Tensor, bias: Tensor | None, a: Arguments) -> tuple[Tensor, Tensor | float]:
+    """(capped logits, derivative with respect to the raw ones)."""
     if bias is not None:
         z = z + bias
-    slope = None
+    slope = a.logit_scale
     if a.logit_scale != 1.0:
-        z, slope = z * a.logit_scale, a.logit_scale
+        z = z * a.logit_scale
     if a.softcap is not None:
         t = torch.tanh(z / a.softcap)
         z, slope = a.softcap * t, a.logit_scale * (1 - t * t)
     return z, slope
 
 
-def transform_picked(picked: Picked, labels: Tensor, a: Arguments) -> Picked:
-    """The picked logits after bias, scale and cap."""
+def transform_picked(picked: Picked, labels: Tensor, a: Arguments) -> tuple[Picked, Picked]:
+    """The picked logits after bias, scale and cap, and their derivatives with respect to the raw ones."""
     biases = (None, None) if a.bias is None else (a.bias[labels.clamp(min=0)], a.bias[a.score_token_ids])
-    return Picked(*(transform(z, bias, a)[0] for z, bias in zip(picked, biases, strict=True)))
+    z, slope = zip(*(transform(z, bias, a) for z, bias in zip(picked, biases, strict=True)), strict=True)
+    return Picked(*z), Picked(*slope)
 
 
 def rows(z: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, gradient: bool) -> Tensor | None:

@@ -7,10 +7,10 @@ the score tokens' entries follow, from their own float32 logits.
 Numerics: float32 throughout; logits and dZ are rounded to their dtype when stored. ``log1p`` and ``tanh`` are written
 out since libdevice's are not to be had in the interpreter. No atomics, no order of programs: deterministic.
 
-Cost: 2 reads and 1 write of the logits (1 read without gradient), one exponential per logit and pass. The grid is at
-most ``ROWS_IN_FLIGHT`` programs per multiprocessor, so that the rows between their two passes stay in the L2 cache (132
-rows of 128256 bfloat16 logits are 34 MB of an H100's 50 MB). Bound by memory: 4 to 6 bytes a logit, 1.4 to 2.1 ps on
-an H100 [calculated]. Applies to any n, V and K; offsets are 64 bit.
+Cost: 2 reads and 1 write of the logits (1 read without gradient), one exponential per logit and pass. The grid is a
+program per multiprocessor, so that the rows between their two passes stay in the L2 cache (132 rows of 128256 bfloat16
+logits are 34 MB of an H100's 50 MB), and a block keeps 32 KB of loads in flight on each. Bound by memory: 4 to 6 bytes
+a logit, 1.4 to 2.1 ps on an H100 [calculated]. Applies to any n, V and K; offsets are 64 bit.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from tract_fast.loss.rows import Picked
 from tract_fast.loss.terms import Arguments, RowStats, RowTerms
+from tract_fast.loss.tuning import tuned
 
-ROWS_IN_FLIGHT = 1
 BLOCK_BYTES = 2**15  # of a row that are read at a time
+WARPS = 16  # 64 bytes a thread, and 128 registers: with 8 or 32, or half the bytes, ptxas spills some variants
+ROWS_IN_FLIGHT = (1, 2)  # programs per multiprocessor, the default first
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def row_kernel(
     nll, lse, expected, mass, probs,
     softcap, logit_scale,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr, K: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, PER_UNIT: tl.constexpr,
 ):  # fmt: skip
     dtype = logits.dtype.element_ty
     k = tl.arange(0, K)
@@ -158,8 +160,8 @@ def row_kernel(
 def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, *, gradient: bool) -> None:
     """``rows.row_pass`` on CUDA: the same arguments and results."""
     n, n_vocab = logits.shape
-    block, warps = row_config(n_vocab, logits.element_size())
-    row_kernel[(programs(n, logits.device),)](
+    launch = tuned(row_kernel, candidates(logits.element_size()), in_place="logits")
+    launch[lambda meta: (programs(n, meta["PER_UNIT"], logits.device),)](
         logits, n, n_vocab, logits.stride(0),
         logits if a.bias is None else a.bias, *picked,
         terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
@@ -167,17 +169,18 @@ def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a
         *stats,
         1.0 if a.softcap is None else a.softcap, a.logit_scale,
         HAS_BIAS=a.bias is not None, SOFTCAP=a.softcap is not None, VOCAB=a.vocab, GRADIENT=gradient,
-        BLOCK=block, K=triton.next_power_of_2(len(a.score_token_ids)), num_warps=warps,
+        K=triton.next_power_of_2(len(a.score_token_ids)),
     )  # fmt: skip
 
 
-def row_config(n_vocab: int, logit_bytes: int) -> tuple[int, int]:
-    """(BLOCK, warps): 16-byte loads for every thread, blocks no larger than the row."""
-    block = min(max(triton.next_power_of_2(n_vocab), 16), BLOCK_BYTES // logit_bytes)
-    return block, min(max(block // 512, 1), 32)
+def candidates(logit_bytes: int) -> tuple[triton.Config, ...]:
+    return tuple(
+        triton.Config({"BLOCK": BLOCK_BYTES // logit_bytes, "PER_UNIT": count}, num_warps=WARPS)
+        for count in ROWS_IN_FLIGHT
+    )
 
 
-def programs(n_rows: int, device: torch.device) -> int:
+def programs(n_rows: int, per_unit: int, device: torch.device) -> int:
     if device.type != "cuda":
         return min(n_rows, 2)  # the interpreter: still more rows than programs
-    return min(n_rows, ROWS_IN_FLIGHT * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(n_rows, per_unit * torch.cuda.get_device_properties(device).multi_processor_count)
