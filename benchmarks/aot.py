@@ -1,6 +1,6 @@
 """Compile every Triton kernel configuration for GPUs that are not here, and print what each needs of one.
 
-    python benchmarks/aot.py [--out FILE.json]
+    python -m benchmarks.aot [--out FILE.json]
 
 Triton compiles PTX and cubin without a device; its own ``cuobjdump`` tells registers, stack (spills) and instructions.
 A configuration that spills, or that needs more shared memory than a multiprocessor has, would be slow or fail at

@@ -1,4 +1,4 @@
-"""The command line: ``tract-fast train | export | demo``. Commands import what they need when they run."""
+"""The command line: ``tract-fast train | export | demo | doctor``. Commands import what they need when they run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tract_fast.errors import RunStopped, UserError
 
 PROG = "tract-fast"
 SWITCHES = {"--help", "-h", "--dry-run", "--dry_run"}  # flags without a value
-LATER = ("generate", "run", "evaluate", "score", "plan", "doctor")  # commands that are not in this version
+LATER = ("generate", "run", "evaluate", "score", "plan")  # commands that are not in this version
 
 
 def train(
@@ -69,7 +69,14 @@ def demo(dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/demo"))
     return demonstration.run(dir)
 
 
-COMMANDS = {"train": train, "export": export, "demo": demo}
+def doctor() -> int:
+    """Show versions, the device, what runs on it and why, and check the loss there."""
+    from tract_fast import doctor as doctors
+
+    return doctors.run()
+
+
+COMMANDS = {"train": train, "export": export, "demo": demo, "doctor": doctor}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

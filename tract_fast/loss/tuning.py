@@ -12,8 +12,6 @@ from __future__ import annotations
 import functools
 import os
 
-import triton
-
 KEY = ["n_vocab", "width", "HAS_BIAS", "SOFTCAP", "VOCAB", "GRADIENT"]  # a kernel lacks some of them
 
 
@@ -23,11 +21,14 @@ def autotunes() -> bool:
 
 
 @functools.cache
-def tuned(kernel, candidates: tuple[triton.Config, ...], in_place: str | None = None):
-    """The kernel with its launch configuration, to be called as ``tuned(...)[grid](...)``.
+def tuned(kernel, candidates: tuple, in_place: str | None = None):
+    """The kernel with its launch configuration, one of ``candidates`` (triton.Config), to be called as
+    ``tuned(...)[grid](...)``.
 
     ``in_place`` is the argument that the kernel overwrites: timing puts it back.
     """
+    import triton  # CPU installations lack it, and ask here whether timing is on
+
     chosen = candidates if autotunes() else candidates[:1]
     restore = [in_place] if in_place else None
     return triton.autotune(list(chosen), key=KEY, restore_value=restore, cache_results=True)(kernel)

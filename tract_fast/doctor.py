@@ -1,0 +1,92 @@
+"""What this machine is, what runs on it and why, and whether the loss computes what it should here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from tract_fast import __version__, attention
+from tract_fast.loss import linear_tract_loss
+from tract_fast.loss.choice import choose, runs_triton
+from tract_fast.loss.tuning import autotunes
+from tract_fast.shard import local_device
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "flash-attn", "liger-kernel")
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, of loss and gradients against float64
+LLAMA_HEAD = {"n_vocab": 128_256, "width": 4096}  # Llama-3.1-8B: what the choices are shown for
+
+
+def versions(others: tuple[str, ...] = ()) -> dict[str, str]:
+    """Version of everything that numbers depend on, and of ``others``."""
+    found = {"tract-fast": __version__, "python": platform.python_version()}
+    for name in dict.fromkeys(PACKAGES + others):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def describe_device(device: torch.device) -> str:
+    """Name, generation, memory; of a CPU its instructions and threads."""
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        count = torch.cuda.device_count()
+        return f"{count} x {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+
+
+def check_loss(implementation: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Relative error of loss, dX and dW against the definition in float64, on 200 rows of a small head."""
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    head = [(3 * random(200, 96)).to(dtype), (random(1003, 96) / 10).to(dtype)]
+    labels = torch.randint(1003, (200,), generator=generator)
+    ids, values = torch.tensor([11, 18, 25, 32, 39]), torch.arange(1.0, 6.0)
+    rows, targets = torch.tensor([50, 199]), torch.tensor([2.0, 4.5])
+
+    def grads(implementation: str, dtype: torch.dtype) -> list[Tensor]:
+        hidden, weight = (x.to(device, dtype).requires_grad_() for x in head)
+        rest = [x.to(device) for x in (labels, rows, targets, ids, values)]
+        loss = linear_tract_loss(hidden, weight, *rest, implementation=implementation).loss
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    pairs = zip(grads(implementation, dtype), grads("reference", torch.float64), strict=True)
+    errors = [((got.double() - true).norm() / true.norm()).item() for got, true in pairs]
+    return dict(zip(("loss", "dX", "dW"), errors, strict=True))
+
+
+def run() -> int:
+    """Print it all; returns 1 where the loss is wrong here, else 0."""
+    console = Console(highlight=False, soft_wrap=True)
+    device = local_device()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, version in versions().items():
+        table.add_row(name, version)
+    console.print(table)
+    console.print(f"\ndevice: {describe_device(device)}", markup=False)
+    wrong = False
+    for dtype in TOLERANCE:
+        short = str(dtype).removeprefix("torch.")
+        console.print(f"\nin {short}:", markup=False)
+        name, reason = attention.resolve_attention("auto", device, dtype, softcap=False)
+        console.print(f"  attention: {name} ({reason})", markup=False)
+        name, reason = choose("auto", device_type=device.type, dtype=dtype, **LLAMA_HEAD)
+        console.print(f"  loss: {name} ({reason})", markup=False)
+        for name in ("chunked", "fused") if runs_triton(device.type) else ("chunked",):
+            errors = check_loss(name, device, dtype)
+            bad = not max(errors.values()) <= TOLERANCE[dtype]
+            wrong |= bad
+            told = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
+            console.print(f"  {name}: {'WRONG' if bad else 'right'}; error against float64: {told}", markup=False)
+    passes = "Triton's" if runs_triton(device.type) else "PyTorch's"
+    tuning = "timed at first use (TRACT_FAST_AUTOTUNE=1)" if autotunes() else "fixed (TRACT_FAST_AUTOTUNE=1 times them)"
+    console.print(f"\nrow pass: {passes}" + (f"; tiles: {tuning}" if runs_triton(device.type) else ""), markup=False)
+    if wrong:
+        console.print("the loss is wrong here: train with loss.implementation reference, and report this output")
+    return int(wrong)
