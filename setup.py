@@ -1,8 +1,50 @@
-"""Packaging. Floors only: the newest versions must stay possible, and ``constraints.txt`` fixes what is tested."""
+"""Packaging. Floors only: the newest versions must stay possible, and ``constraints.txt`` fixes what is tested.
 
+The native CPU kernels are built by CMakeLists.txt against the torch that is installed already. Without one, or without
+a compiler, the package installs without them and says so. TRACT_FAST_SKIP_EXT=1 leaves them out on purpose,
+TRACT_FAST_REQUIRE_EXT=1 fails where they cannot be built.
+"""
+
+import os
+import shutil
+import subprocess
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    """Builds tract_fast/_native.so, which torch loads: no Python module, so it serves every Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.so"
+
+    def run(self) -> None:
+        if os.environ.get("TRACT_FAST_SKIP_EXT") == "1":
+            print("tract_fast: TRACT_FAST_SKIP_EXT = 1, so without the native CPU kernels")
+            return
+        try:
+            super().run()
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            if os.environ.get("TRACT_FAST_REQUIRE_EXT") == "1":
+                raise
+            print(f"tract_fast: the native CPU kernels are left out: {error}")
+
+    def build_extension(self, ext: Extension) -> None:
+        # pip builds in an environment of its own, without torch; the one that is installed into has it
+        torch = Path(sysconfig.get_path("purelib")) / "torch"
+        if not torch.is_dir():
+            raise FileNotFoundError(f"no torch in {torch.parent}: install torch first")
+        build, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target.mkdir(parents=True, exist_ok=True)
+        generator = ["-G", "Ninja"] if shutil.which("ninja") else []
+        run = lambda *command: subprocess.run(["cmake", *command], check=True)  # noqa: E731
+        run("-S", str(Path(__file__).parent), "-B", str(build), f"-DTRACT_FAST_TORCH={torch}", *generator)
+        run("--build", str(build), "--target", "tract_fast_native", "--parallel")
+        run("--install", str(build), "--prefix", str(target))
+
 
 setup(
     name="tract-fast",
@@ -16,6 +58,8 @@ setup(
     # demo` finds its recipe in both without a second copy
     packages=[*find_packages(include=["tract_fast", "tract_fast.*"]), "tract_fast.recipes"],
     package_dir={"tract_fast.recipes": "recipes"},
+    ext_modules=[Extension("tract_fast._native", sources=[], optional=False)],
+    cmdclass={"build_ext": CMakeBuild},
     package_data={"tract_fast.data": ["demo.jsonl"], "tract_fast.recipes": ["*.yaml"]},
     install_requires=[
         "torch>=2.11",
@@ -42,6 +86,7 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff>=0.14",
+            "cmake>=3.18",
             "tensorboard",
             "triton; sys_platform == 'linux'",
         ],

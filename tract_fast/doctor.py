@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from tract_fast import __version__, attention
-from tract_fast.loss import linear_tract_loss
+from tract_fast.loss import linear_tract_loss, native
 from tract_fast.loss.choice import choose, runs_triton
 from tract_fast.loss.tuning import autotunes
 from tract_fast.shard import local_device
@@ -61,6 +61,18 @@ def check_loss(implementation: str, device: torch.device, dtype: torch.dtype) ->
     return dict(zip(("loss", "dX", "dW"), errors, strict=True))
 
 
+def describe_row_pass(device: torch.device) -> str:
+    """Which row pass the chunked loss has on this device."""
+    if runs_triton(device.type):
+        timed = (
+            "timed at first use (TRACT_FAST_AUTOTUNE=1)" if autotunes() else "fixed (TRACT_FAST_AUTOTUNE=1 times them)"
+        )
+        return f"Triton, launch configurations {timed}"
+    if device.type != "cpu":
+        return f"PyTorch: there is no triton for {device.type} here"
+    return f"PyTorch: {native.missing()}" if native.missing() else f"C++ ({native.variant()}); float16: PyTorch"
+
+
 def run() -> int:
     """Print it all; returns 1 where the loss is wrong here, else 0."""
     console = Console(highlight=False, soft_wrap=True)
@@ -84,9 +96,7 @@ def run() -> int:
             wrong |= bad
             told = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
             console.print(f"  {name}: {'WRONG' if bad else 'right'}; error against float64: {told}", markup=False)
-    passes = "Triton's" if runs_triton(device.type) else "PyTorch's"
-    tuning = "timed at first use (TRACT_FAST_AUTOTUNE=1)" if autotunes() else "fixed (TRACT_FAST_AUTOTUNE=1 times them)"
-    console.print(f"\nrow pass: {passes}" + (f"; tiles: {tuning}" if runs_triton(device.type) else ""), markup=False)
+    console.print(f"\nrow pass: {describe_row_pass(device)}", markup=False)
     if wrong:
         console.print("the loss is wrong here: train with loss.implementation reference, and report this output")
     return int(wrong)

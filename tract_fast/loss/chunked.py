@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tract_fast.loss import native
 from tract_fast.loss.choice import runs_triton
 from tract_fast.loss.plan import ChunkPlan, plan_chunks
 from tract_fast.loss.rows import pick, row_pass
@@ -37,7 +38,7 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
     plan, rows = _plan(a), row_pass_for(a.hidden.device)
     terms, stats = row_terms(a), new_stats(a)
     dx, dw, db = _new_gradients(a, plan.defer)
-    logits = a.hidden.new_empty(plan.rows, len(a.weight))
+    logits = native.buffer(a.hidden, plan.rows, len(a.weight))
     with torch.autocast(a.hidden.device.type, enabled=False):
         for start in range(0, n, plan.rows):
             stop = min(start + plan.rows, n)
@@ -74,12 +75,12 @@ def _new_gradients(a: Arguments, defer: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def row_pass_for(device: torch.device):
-    """The Triton kernel where it runs, PyTorch otherwise."""
+    """The Triton kernel where it runs, C++ for other CPU tensors, PyTorch otherwise."""
     if runs_triton(device.type):
         from tract_fast.loss.triton_rows import row_pass as triton_row_pass
 
         return triton_row_pass
-    return row_pass
+    return native.row_pass if device.type == "cpu" else row_pass
 
 
 def _plan(a: Arguments) -> ChunkPlan:
@@ -111,7 +112,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     elif first:  # no 16-bit GEMM with a float32 result on the CPU: each summand is rounded once
         total.copy_(torch.mm(a, b))
     else:
-        total += torch.mm(a, b)
+        native.add(total, torch.mm(a, b))
 
 
 def _remember(ctx, inputs, output) -> None:

@@ -1,0 +1,166 @@
+// The kernels of row_pass.h as plain loops that compilers vectorise, for the instruction set that this is compiled for.
+// Included once by every file in variants/, which names its namespace in TRACT_FAST_VARIANT.
+
+#include <cfloat>
+#include <limits>
+
+#include "row_pass.h"
+
+namespace tract_fast::TRACT_FAST_VARIANT {
+namespace {
+
+constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+
+using bfloat16 = uint16_t;
+
+inline float widen(float x) { return x; }
+inline float widen(bfloat16 x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
+
+template <class T>
+inline T narrow(float x);
+template <>
+inline float narrow<float>(float x) {
+  return x;
+}
+template <>
+inline bfloat16 narrow<bfloat16>(float x) {
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<bfloat16>(x == x ? rounded : 0x7fc0u);
+}
+
+// e^x for x <= 0 (a NaN stays one): e^x = 2^n e^r, |r| <= ln(2) / 2; the polynomial is the one of Cephes' expf. Below
+// -88 n is -127, whose power of two is 0 in bits: no branch, or compilers would not vectorise what uses this.
+inline float exp_nonpositive(float x) {
+  x = x < -88.0f ? -88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold n
+  const float n = shifted - 12582912.0f;
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) << 23) + 0x3f800000u);
+}
+
+// Capped logits of n <= BLOCK columns into z, -inf where the buffer holds it; their derivatives into slope, if asked for
+// and there is a cap (it is logit_scale otherwise).
+template <class T>
+inline void transform(const RowPass& p, const T* raw, int64_t column, int64_t n, float* z, float* slope) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) z[i] = widen(raw[i]);
+  if (p.bias == nullptr && p.logit_scale == 1.0f && p.softcap == 0.0f) return;
+  if (p.bias != nullptr) {
+    const T* bias = static_cast<const T*>(p.bias) + column;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) z[i] += widen(bias[i]);
+  }
+  const float scale = p.logit_scale;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) z[i] *= scale;
+  if (p.softcap != 0.0f) {
+    const float cap = p.softcap;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const float magnitude = z[i] < 0.0f ? -z[i] : z[i];
+      const float e = exp_nonpositive(-2.0f * magnitude / cap);  // tanh by it does not cancel in 1 - tanh^2
+      const float t = (1.0f - e) / (1.0f + e);
+      z[i] = (z[i] < 0.0f ? -t : t) * cap;
+      if (slope != nullptr) slope[i] = scale * 4.0f * e / ((1.0f + e) * (1.0f + e));
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) z[i] = widen(raw[i]) == NOTHING ? NOTHING : z[i];
+}
+
+template <class T>
+T* row_of(const RowPass& p, int64_t row) {
+  return static_cast<T*>(p.logits) + row * p.stride;
+}
+
+template <class T>
+void take_out(const RowPass& p, int64_t row) {
+  T* logits = row_of<T>(p, row);
+  if (p.labels[row] >= 0) logits[p.labels[row]] = narrow<T>(NOTHING);
+  for (int64_t k = 0; k < p.n_tokens; ++k) logits[p.ids[k]] = narrow<T>(NOTHING);
+}
+
+template <class T>
+Sums sums(const RowPass& p, int64_t row, int64_t begin, int64_t end) {
+  alignas(64) float z[BLOCK];
+  const T* logits = row_of<T>(p, row);
+  Sums found{-FLT_MAX, 0.0};
+  for (int64_t start = begin; start < end; start += BLOCK) {
+    const int64_t n = std::min(BLOCK, end - start);
+    transform(p, logits + start, start, n, z, nullptr);
+    float top = found.top;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += exp_nonpositive(z[i] - top);
+    found.others = found.others * exp_nonpositive(found.top - top) + sum;
+    found.top = top;
+  }
+  return found;
+}
+
+template <class T>
+void write(const RowPass& p, const Coefficients& c, int64_t row, int64_t begin, int64_t end) {
+  alignas(64) float z[BLOCK];
+  alignas(64) float slope[BLOCK];
+  T* logits = row_of<T>(p, row);
+  if (!p.used[row]) {
+    std::fill(logits + begin, logits + end, narrow<T>(0.0f));
+    return;
+  }
+  const float top = c.top, factor = c.factor * (p.softcap == 0.0f ? p.logit_scale : 1.0f);
+  for (int64_t start = begin; start < end; start += BLOCK) {
+    const int64_t n = std::min(BLOCK, end - start);
+    T* out = logits + start;
+    transform(p, out, start, n, z, slope);
+    if (p.softcap == 0.0f) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(factor * exp_nonpositive(z[i] - top));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(factor * exp_nonpositive(z[i] - top) * slope[i]);
+    }
+  }
+}
+
+template <class T>
+void put_back(const RowPass& p, const Coefficients& c, const float* scores, int64_t row) {
+  if (!p.used[row]) return;
+  T* logits = row_of<T>(p, row);
+  if (p.labels[row] >= 0) logits[p.labels[row]] = narrow<T>(c.label);
+  for (int64_t k = 0; k < p.n_tokens; ++k) logits[p.ids[k]] = narrow<T>(scores[k]);
+}
+
+template <class T>
+float bias_at(const void* bias, int64_t column) {
+  return widen(static_cast<const T*>(bias)[column]);
+}
+
+template <class T>
+void add(float* total, const void* part, int64_t n) {
+  const T* summand = static_cast<const T*>(part);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) total[i] += widen(summand[i]);
+}
+
+template <class T>
+constexpr Kernels kernels_of() {
+  return {take_out<T>, sums<T>, write<T>, put_back<T>, bias_at<T>, add<T>};
+}
+
+}  // namespace
+
+extern const Kernels float32_kernels, bfloat16_kernels;
+const Kernels float32_kernels = kernels_of<float>();
+const Kernels bfloat16_kernels = kernels_of<bfloat16>();
+
+}  // namespace tract_fast::TRACT_FAST_VARIANT

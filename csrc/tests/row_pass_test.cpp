@@ -1,0 +1,252 @@
+// The row pass without Python: every variant that runs here against plain float64 formulas, for sizes around the vector
+// and block lengths, rows that are not aligned, rows shared by threads, and values that are not finite.
+
+#include "row_pass.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <thread>
+
+using namespace tract_fast;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const std::string& what) {
+  if (condition) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
+uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16); }  // for inputs
+
+struct Options {
+  bool vocab = false, gradient = true, bias = false;
+  float softcap = 0.0f, logit_scale = 1.0f;
+};
+
+// One problem in float64, and as the kernels take it.
+struct Problem {
+  int64_t n, v, k, stride;
+  Type type;
+  Options options;
+  std::vector<double> logits, bias;  // what the type holds
+  std::vector<float> raw32, bias32, picked_label, picked_scores, ce, score, score_target, values;
+  std::vector<float> nll, lse, expected, mass, probs;
+  std::vector<uint16_t> raw16, bias16;
+  std::vector<int64_t> labels, ids;
+  std::vector<char> used;
+
+  Problem(int64_t rows, int64_t vocabulary, int64_t tokens, Type t, Options o, unsigned seed)
+      : n(rows), v(vocabulary), k(std::min(tokens, vocabulary)), stride(vocabulary + 3), type(t), options(o) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    const auto draw = [&](std::vector<float>& x, int64_t size, float scale) {
+      for (int64_t i = 0; i < size; ++i) x.push_back(scale * normal(random));
+    };
+    raw16.resize(n * stride);
+    for (int64_t i = 0; i < n * stride; ++i) {
+      const float x = 4.0f * normal(random);
+      raw16[i] = to_bfloat16(x);
+      raw32.push_back(x);
+      logits.push_back(type == Type::float32 ? x : from_bfloat16(raw16[i]));
+    }
+    for (int64_t i = 0; i < v; ++i) {
+      const float x = normal(random);
+      bias32.push_back(x);
+      bias16.push_back(to_bfloat16(x));
+      bias.push_back(!options.bias ? 0.0 : type == Type::float32 ? x : from_bfloat16(to_bfloat16(x)));
+    }
+    for (int64_t i = 0; i < k; ++i) ids.push_back((i * 7 + 3) % v);
+    std::sort(ids.begin(), ids.end());
+    ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
+    k = static_cast<int64_t>(ids.size());
+    for (int64_t i = 0; i < n; ++i) {
+      labels.push_back(i % 3 == 0 ? -1 : i % 3 == 1 ? ids[i % k] : static_cast<int64_t>(random() % v));
+      used.push_back(labels[i] >= 0 || i % 2 == 0);
+      picked_label.push_back(static_cast<float>(at(i, std::max<int64_t>(labels[i], 0))));
+      for (int64_t id : ids) picked_scores.push_back(static_cast<float>(at(i, id)));
+    }
+    draw(ce, n, 1.0f);
+    draw(score, n, 1.0f);
+    draw(score_target, n, 1.0f);
+    draw(values, k, 2.0f);
+    for (int64_t i = 0; i < n; ++i) {
+      if (labels[i] < 0) ce[i] = 0.0f;
+      if (i % 2 != 0) score[i] = score_target[i] = 0.0f;
+    }
+    for (auto* out : {&nll, &lse, &expected, &mass}) out->resize(n);
+    probs.resize(n * k);
+  }
+
+  double at(int64_t row, int64_t column) const { return logits[row * stride + column]; }
+
+  double capped(int64_t row, int64_t column, double* slope = nullptr) const {
+    const double z = (at(row, column) + bias[column]) * options.logit_scale;
+    if (options.softcap == 0.0f) {
+      if (slope) *slope = options.logit_scale;
+      return z;
+    }
+    const double t = std::tanh(z / options.softcap);
+    if (slope) *slope = options.logit_scale * (1 - t * t);
+    return options.softcap * t;
+  }
+
+  RowPass arguments() {
+    RowPass p{};
+    p.logits = type == Type::float32 ? static_cast<void*>(raw32.data()) : raw16.data();
+    p.n_vocab = v;
+    p.stride = stride;
+    if (options.bias) p.bias = type == Type::float32 ? static_cast<const void*>(bias32.data()) : bias16.data();
+    p.picked_label = picked_label.data();
+    p.picked_scores = picked_scores.data();
+    p.labels = labels.data();
+    p.ce = ce.data();
+    p.score = score.data();
+    p.score_target = score_target.data();
+    p.used = reinterpret_cast<const bool*>(used.data());
+    p.ids = ids.data();
+    p.values = values.data();
+    p.n_tokens = k;
+    p.nll = nll.data();
+    p.lse = lse.data();
+    p.expected = expected.data();
+    p.mass = mass.data();
+    p.probs = probs.data();
+    p.softcap = options.softcap;
+    p.logit_scale = options.logit_scale;
+    p.vocab = options.vocab;
+    p.gradient = options.gradient;
+    return p;
+  }
+
+  double result(int64_t row, int64_t column) const {
+    const int64_t i = row * stride + column;
+    return type == Type::float32 ? raw32[i] : from_bfloat16(raw16[i]);
+  }
+};
+
+const auto with_threads(int64_t threads) {
+  return [threads](int64_t count, const auto& body) {
+    std::vector<std::thread> pool;
+    for (int64_t t = 0; t < threads; ++t)
+      pool.emplace_back([&, t] { body(count * t / threads, count * (t + 1) / threads); });
+    for (std::thread& thread : pool) thread.join();
+  };
+}
+
+void run(Problem& p, const Variant& variant, int64_t threads) {
+  row_pass(p.arguments(), p.n, variant.of(p.type), threads, with_threads(threads));
+}
+
+void check(Problem& p, const Variant& variant, int64_t threads, const std::string& name) {
+  run(p, variant, threads);
+  for (int64_t row = 0; row < p.n; ++row) {
+    double sum = 0, highest = -1e300;
+    for (int64_t j = 0; j < p.v; ++j) highest = std::max(highest, p.capped(row, j));
+    for (int64_t j = 0; j < p.v; ++j) sum += std::exp(p.capped(row, j) - highest);
+    const double lse = highest + std::log(sum);
+    double among = 0, mass = 0, expected = 0;
+    for (int64_t id : p.ids) among += std::exp(p.capped(row, id) - highest);
+    for (int64_t i = 0; i < p.k; ++i) {
+      const double share = std::exp(p.capped(row, p.ids[i]) - highest) / (p.options.vocab ? sum : among);
+      expected += share * p.values[i];
+      expect(std::fabs(p.probs[row * p.k + i] - share) < 1e-6, name + ": probs");
+    }
+    mass = among / sum;
+    const int64_t label = p.labels[row];
+    expect(std::fabs(p.lse[row] - lse) < 2e-6 * (1 + std::fabs(lse)), name + ": lse");
+    expect(std::fabs(p.nll[row] - (label < 0 ? 0 : lse - p.capped(row, label))) < 5e-6 * (1 + std::fabs(lse)), name + ": nll");
+    expect(std::fabs(p.mass[row] - mass) < 1e-6, name + ": mass");
+    expect(std::fabs(p.expected[row] - expected) < 1e-5, name + ": expected");
+    if (!p.options.gradient) continue;
+    const double g = 2 * (expected * p.score[row] - p.score_target[row]);
+    for (int64_t j = 0; j < p.v; ++j) {
+      double slope = 1;
+      const double probability = std::exp(p.capped(row, j, &slope) - lse);
+      double dz = p.ce[row] * (probability - (j == label ? 1 : 0));
+      double value = 0;
+      bool is_token = false;
+      for (int64_t i = 0; i < p.k; ++i)
+        if (p.ids[i] == j) is_token = true, value = p.values[i];
+      if (p.options.vocab) dz += g * probability * (value - expected);
+      else if (is_token) dz += g * std::exp(p.capped(row, j) - highest) / among * (value - expected);
+      dz = p.used[row] ? dz * slope : 0;
+      const double unit = p.type == Type::float32 ? 1e-5 : 4e-3;  // half an ulp of bfloat16 is 2^-9 of its value
+      expect(std::fabs(p.result(row, j) - dz) <= unit * std::fabs(dz) + 2e-6 * (1 + std::fabs(g)), name + ": dZ");
+    }
+  }
+}
+
+void check_everything(const Variant& variant) {
+  const std::vector<Options> all = {
+      {}, {true}, {false, false}, {true, true, true}, {true, true, true, 5.0f, -0.7f}, {false, true, false, 30.0f, 1.3f}};
+  for (Type type : {Type::float32, Type::bfloat16})
+    for (int64_t v : {1, 2, 15, 16, 17, 31, 33, 1023, 1024, 1025, 4100})
+      for (size_t o = 0; o < all.size(); ++o)
+        for (int64_t threads : {1, 2, 3, 8}) {
+          Problem p(5, v, 5, type, all[o], static_cast<unsigned>(v + 17 * o));
+          const std::string name = std::string(variant.name) + (type == Type::float32 ? " float32" : " bfloat16") +
+                                   ", V " + std::to_string(v) + ", options " + std::to_string(o) + ", " +
+                                   std::to_string(threads) + " threads";
+          check(p, variant, threads, name);
+        }
+}
+
+void check_values_that_are_not_finite(const Variant& variant) {
+  const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  for (int64_t threads : {1, 8})
+    for (float bad : {nan, infinity, -infinity, 1e-40f}) {
+      Problem clean(4, 2000, 5, Type::float32, {}, 1), dirty(4, 2000, 5, Type::float32, {}, 1);
+      dirty.raw32[1 * dirty.stride + 1500] = bad;  // row 1, not a label or a token
+      run(clean, variant, threads);
+      run(dirty, variant, threads);
+      const std::string name = std::string(variant.name) + ", " + std::to_string(bad) + " in a row";
+      for (int64_t row : {0, 2, 3}) {
+        expect(clean.nll[row] == dirty.nll[row] && clean.expected[row] == dirty.expected[row], name + " changes another");
+        for (int64_t j = 0; j < clean.v; ++j)
+          expect(clean.result(row, j) == dirty.result(row, j), name + " changes another's dZ");
+      }
+      const bool finite = std::isfinite(dirty.lse[1]);
+      expect(finite == (bad == -infinity || bad == 1e-40f), name + ": lse " + std::to_string(dirty.lse[1]));
+    }
+}
+
+void check_add(const Variant& variant) {
+  for (int64_t n : {0, 1, 15, 16, 17, 1000}) {
+    std::vector<float> total(n, 1.5f), part(n);
+    std::vector<uint16_t> part16(n);
+    for (int64_t i = 0; i < n; ++i) part[i] = static_cast<float>(i), part16[i] = to_bfloat16(part[i]);
+    variant.float32.add(total.data(), part.data(), n);
+    variant.bfloat16.add(total.data(), part16.data(), n);
+    for (int64_t i = 0; i < n; ++i)
+      expect(total[i] == 1.5f + part[i] + from_bfloat16(part16[i]), std::string(variant.name) + ": add");
+  }
+}
+
+}  // namespace
+
+int main() {
+  int run_here = 0;
+  for (const Variant& variant : variants()) {
+    if (!variant.runs_here()) {
+      std::printf("%s: not on this processor\n", variant.name);
+      continue;
+    }
+    check_everything(variant);
+    check_values_that_are_not_finite(variant);
+    check_add(variant);
+    std::printf("%s: checked\n", variant.name);
+    ++run_here;
+  }
+  expect(run_here > 0, "no variant runs here");
+  expect(find_variant("portable") != nullptr && find_variant("abacus") == nullptr, "variants by name");
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

@@ -1,0 +1,2 @@
+#define TRACT_FAST_VARIANT avx2
+#include "../row_pass_kernels.h"

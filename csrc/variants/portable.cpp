@@ -1,0 +1,2 @@
+#define TRACT_FAST_VARIANT portable
+#include "../row_pass_kernels.h"

@@ -1,0 +1,163 @@
+"""The row pass in C++ against the one in PyTorch: every variant that runs here, any number of threads, rows of any
+stride; what is said where it was not built; and the memory that the loss really takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from tests.loss_problems import problem, problems, rounded, tensors
+from tract_fast import linear_tract_loss
+from tract_fast.loss import native, rows
+from tract_fast.loss.terms import Arguments, new_stats, op_arguments, row_terms
+
+if os.environ.get("TRACT_FAST_REQUIRE_EXT") != "1" and native.missing():
+    pytest.skip(native.missing(), allow_module_level=True)
+
+VARIANTS = []
+for name in ("portable", "avx2", "avx512"):
+    os.environ["TRACT_FAST_CPU"] = name
+    try:
+        native.missing()
+        VARIANTS += [name] * (native.variant() == name)
+    except RuntimeError as error:
+        assert "no such variant" in str(error)
+    del os.environ["TRACT_FAST_CPU"]
+
+
+def arguments(p: dict, dtype: torch.dtype) -> Arguments:
+    args = tensors(rounded(p, dtype), dtype)
+    options = {"softcap": args.get("softcap"), "logit_scale": args.get("logit_scale", 1.0)}
+    options["vocab"] = args["normalize"] == "vocab"
+    names = ("labels", "score_rows", "score_targets", "score_token_ids", "score_values", "row_weights", "score_weights")
+    targets = {name: args[name] for name in names}
+    for weights, like in (("row_weights", "labels"), ("score_weights", "score_targets")):
+        targets[weights] = targets[weights] if targets[weights] is not None else torch.rand(len(targets[like]))
+    with torch.no_grad():
+        return op_arguments(args["hidden"], args["weight"], args["bias"], targets, **options, budget=None)
+
+
+def both(a: Arguments, gradient: bool, stride: int = 0) -> list[list[torch.Tensor]]:
+    """[dZ, *statistics in rows that have them] of PyTorch and of C++."""
+    terms = row_terms(a)
+    picked = rows.pick(a.hidden, terms.labels, a)
+    found = []
+    for row_pass in (rows.row_pass, native.row_pass):
+        n, v = len(a.hidden), len(a.weight)
+        logits = torch.full((n, v + stride), 7.0, dtype=a.hidden.dtype)
+        logits[:, :v] = a.hidden @ a.weight.t()
+        stats = new_stats(a)
+        row_pass(logits[:, :v], picked, terms, stats, a, gradient=gradient)
+        assert (logits[:, v:] == 7.0).all(), "nothing is written beside the row"
+        found.append([logits[:, :v] if gradient else logits[:0], *stats])
+    return found
+
+
+def assert_equal(a: Arguments, gradient: bool = True, stride: int = 0) -> None:
+    theirs, ours = both(a, gradient, stride)
+    eps = torch.finfo(a.hidden.dtype).eps
+    largest = max(1.0, a.score_values.abs().max().item() ** 2)
+    for i, (x, y) in enumerate(zip(theirs, ours, strict=True)):
+        tolerance = 2 * eps if i == 0 else 2e-6  # dZ is rounded to its dtype
+        torch.testing.assert_close(y, x, rtol=max(tolerance, 4e-6), atol=4e-6 * largest, equal_nan=True)
+
+
+@given(
+    problems(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(VARIANTS),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.booleans(),
+)
+def test_equals_the_pytorch_row_pass(p, dtype, variant, threads, stride, gradient):
+    a = arguments(p, dtype)
+    if len(a.hidden) == 0 or a.weight.abs().max() > 100:  # logits of 1e4: rounding decides what exp makes of them
+        return
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACT_FAST_CPU", variant)
+        torch.set_num_threads(threads)
+        try:
+            assert_equal(a, gradient, stride)
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("v", [1, 15, 16, 17, 1023, 1024, 1025, 5000, 262_144])
+def test_vocabularies_around_vectors_and_blocks(v, dtype, variant, monkeypatch):
+    monkeypatch.setenv("TRACT_FAST_CPU", variant)
+    for normalize in ("scores", "vocab"):
+        assert_equal(arguments(problem(3, v, 6, min(v, 5), 2, seed=v, normalize=normalize), dtype))
+
+
+def test_a_variant_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setenv("TRACT_FAST_CPU", "abacus")
+    with pytest.raises(RuntimeError, match="TRACT_FAST_CPU = abacus"):
+        native.variant()
+
+
+def test_without_the_library_pytorch_computes_the_same(monkeypatch, tmp_path):
+    args = tensors(problem(9, 50, 6, 4, 3, seed=1), torch.float32)
+    expected = linear_tract_loss(**args, implementation="chunked")
+    native.missing.cache_clear()
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_native.so")
+    with pytest.warns(UserWarning, match="not built; install the package again with a C"):
+        out = linear_tract_loss(**args, implementation="chunked")
+    (tmp_path / "_native.so").write_text("no library")
+    native.missing.cache_clear()
+    with pytest.warns(UserWarning, match="do not load"):
+        linear_tract_loss(**args, implementation="chunked")
+    native.missing.cache_clear()
+    for ours, theirs in zip(out, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from tract_fast import linear_tract_loss
+
+def peak():
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+n, v, d, budget = map(int, sys.argv[1:])
+hidden, weight = torch.randn(n, d).requires_grad_(), (torch.randn(v, d) / d**0.5).requires_grad_()
+ids = torch.arange(5)
+def step(n, budget):
+    labels, rows = torch.randint(v, (n,)), torch.tensor([n - 1])
+    out = linear_tract_loss(hidden[:n], weight, labels, rows, torch.tensor([3.0]), ids, ids + 1.0,
+                            implementation="chunked", memory_budget=budget)
+    return torch.autograd.grad(out.loss, (hidden, weight))
+step(2, budget)  # libraries and threads are there
+Path("/proc/self/clear_refs").write_text("5")
+before = peak()
+step(n, budget)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux")
+@pytest.mark.parametrize(("n", "chunks"), [(600, "one"), (3000, "several")])
+def test_peak_memory_is_the_budget_and_the_gradients(n, chunks):
+    """Of the process, measured: 32 MiB of logits, and dW and dX of float32; several chunks keep dW's sum beside it."""
+    v, d, budget = 20_000, 256, 2**25
+    # on few threads: each has its own scratch memory in the GEMM
+    printed = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, (n, v, d, budget))], capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    dw, dx = 4 * v * d, 4 * n * d
+    one = chunks == "one"
+    logits = 4 * n * v if one else budget  # one chunk may be as large as budget and sum together
+    assert logits <= budget + dw
+    allowed = logits + dw * (1 if one else 2) + 4 * dx
+    assert int(printed.stdout) <= allowed + 2**23, f"{int(printed.stdout) / 2**20:.0f} MiB of {allowed / 2**20:.0f}"

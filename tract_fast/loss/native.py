@@ -1,0 +1,77 @@
+"""The row pass of CPU tensors in C++ (``csrc/``), built when the package is installed; PyTorch operations without it.
+
+``rows.py`` says what is computed, ``csrc/row_pass.h`` how. ``TRACT_FAST_CPU=portable|avx2|avx512`` forces a variant.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tract_fast.loss import rows
+from tract_fast.loss.rows import Picked
+from tract_fast.loss.terms import Arguments, RowStats, RowTerms
+
+LIBRARY = Path(__file__).parents[1] / "_native.so"
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why the library is not there, with the remedy; None where it is. Loads it."""
+    remedy = "install the package again with a C++ compiler and torch there: pip install --force-reinstall --no-deps ."
+    if not LIBRARY.exists():
+        return f"the native CPU kernels are not built; {remedy}"
+    try:
+        torch.ops.load_library(LIBRARY)
+    except OSError as error:
+        return f"the native CPU kernels do not load ({error}); {remedy}"
+    return None
+
+
+def variant() -> str:
+    """The instruction set whose kernels run here."""
+    return torch.ops.tract_fast.variant()
+
+
+def runs(dtype: torch.dtype) -> bool:
+    """Whether the native row pass takes CPU logits of this dtype; warns once where it was not built."""
+    if dtype not in DTYPES:
+        return False
+    if reason := missing():
+        warnings.warn(f"tract_fast: {reason}; the loss is slower and computes the same", stacklevel=2)
+        return False
+    return True
+
+
+def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, *, gradient: bool) -> None:
+    """``rows.row_pass`` with the same arguments and results, in C++ where it was built."""
+    if not runs(logits.dtype):
+        rows.row_pass(logits, picked, terms, stats, a, gradient=gradient)
+        return
+    torch.ops.tract_fast.row_pass(
+        logits, a.bias, *picked,
+        terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
+        a.score_token_ids, a.score_values, *stats,
+        a.softcap or 0.0, a.logit_scale, a.vocab, gradient,
+    )  # fmt: skip
+
+
+def add(total: Tensor, part: Tensor) -> None:
+    """``total += part``, float32 and a 16-bit summand, in one pass."""
+    if runs(part.dtype):
+        torch.ops.tract_fast.add(total, part)
+    else:
+        total += part
+
+
+def buffer(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor on the device of ``like``; on the CPU with huge pages under it, where the system has them."""
+    out = like.new_empty(shape, dtype=dtype)
+    if out.device.type == "cpu" and missing() is None:
+        torch.ops.tract_fast.advise(out)
+    return out
