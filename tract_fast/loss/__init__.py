@@ -2,8 +2,8 @@
 
 This module holds the call: checks, dispatch, result. ``reference.py`` holds the definition; ``chunked.py`` and
 ``fused.py`` compute it without the N x V logits; ``choice.py`` says which one runs. ``terms.py`` is what both need of
-the targets, ``rows.py`` the arithmetic of a row, ``triton_rows.py`` the same as a kernel, ``plan.py`` the sizes of
-chunks.
+the targets, ``rows.py`` the arithmetic of a row, ``triton_rows.py`` and ``native.py`` the same as kernels, ``plan.py``
+the sizes of chunks, ``tuning.py`` launch configurations.
 """
 
 from __future__ import annotations
