@@ -1,5 +1,5 @@
 // The row pass as PyTorch operators, in the namespace tract_fast. Through PyTorch's stable ABI, which has all that is
-// needed (tensors' pointers and its thread pool), so one build serves every torch from 2.10 on.
+// needed (tensors' pointers and its thread pool), so one build serves every torch from 2.11 on.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -16,6 +16,7 @@
 #endif
 
 #include "row_pass.h"
+#include "scratch.h"
 
 namespace tract_fast {
 namespace {
@@ -108,6 +109,14 @@ void advise_op(const Tensor buffer) {
 #endif
 }
 
+// An undefined (rows, columns) tensor of the type of `like`, in memory that is kept for the next one when it goes.
+Tensor scratch_op(const Tensor like, int64_t rows, int64_t columns) {
+  const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(columns) * like.element_size();
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return torch::stable::from_blob(take_scratch(bytes), {sizes, 2}, {strides, 2}, like.device(), like.scalar_type(),
+                                  return_scratch);
+}
+
 std::string variant_op() { return chosen().name; }
 
 }  // namespace
@@ -121,6 +130,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
       "bool gradient) -> ()");
   m.def("add(Tensor(a!) total, Tensor part) -> ()");
   m.def("advise(Tensor(a!) buffer) -> ()");
+  m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
   m.def("variant() -> str");
 }
 
@@ -128,5 +138,6 @@ STABLE_TORCH_LIBRARY_IMPL(tract_fast, CompositeExplicitAutograd, m) {
   m.impl("row_pass", TORCH_BOX(&tract_fast::row_pass_op));
   m.impl("add", TORCH_BOX(&tract_fast::add_op));
   m.impl("advise", TORCH_BOX(&tract_fast::advise_op));
+  m.impl("scratch", TORCH_BOX(&tract_fast::scratch_op));
   m.impl("variant", TORCH_BOX(&tract_fast::variant_op));
 }

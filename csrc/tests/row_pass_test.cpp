@@ -2,6 +2,7 @@
 // and block lengths, rows that are not aligned, rows shared by threads, and values that are not finite.
 
 #include "row_pass.h"
+#include "scratch.h"
 
 #include <cmath>
 #include <cstdio>
@@ -230,9 +231,35 @@ void check_add(const Variant& variant) {
   }
 }
 
+void check_scratch() {
+  void* small = take_scratch(1000);
+  void* large = take_scratch(5 << 20);
+  expect(small != large && reinterpret_cast<uintptr_t>(large) % 64 == 0, "scratch is aligned");
+  static_cast<char*>(large)[(5 << 20) - 1] = 1;
+  return_scratch(small);
+  expect(kept_scratch() == size_t{2} << 20, "what comes back is kept");
+  return_scratch(large);
+  expect(kept_scratch() == size_t{6} << 20, "the larger one is kept");
+  expect(take_scratch(4 << 20) == large && kept_scratch() == 0, "and given out again");
+  return_scratch(large);
+  return_scratch(take_scratch(9 << 20));
+  expect(kept_scratch() == size_t{10} << 20, "a larger one takes its place");
+  std::vector<std::thread> pool;
+  for (int t = 0; t < 8; ++t)
+    pool.emplace_back([] {
+      for (int i = 0; i < 100; ++i) {
+        char* memory = static_cast<char*>(take_scratch(1000));
+        memory[0] = 1;
+        return_scratch(memory);
+      }
+    });
+  for (std::thread& thread : pool) thread.join();
+}
+
 }  // namespace
 
 int main() {
+  check_scratch();
   int run_here = 0;
   for (const Variant& variant : variants()) {
     if (!variant.runs_here()) {

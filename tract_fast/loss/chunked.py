@@ -38,7 +38,7 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
     plan, rows = _plan(a), row_pass_for(a.hidden.device)
     terms, stats = row_terms(a), new_stats(a)
     dx, dw, db = _new_gradients(a, plan.defer)
-    logits = native.buffer(a.hidden, plan.rows, len(a.weight))
+    logits = native.scratch(a.hidden, plan.rows, len(a.weight))
     with torch.autocast(a.hidden.device.type, enabled=False):
         for start in range(0, n, plan.rows):
             stop = min(start + plan.rows, n)
@@ -157,7 +157,8 @@ def chunked_backward(
         if len(dz):
             used = used_rows(labels, score_rows)
             # scaling the rows costs N D instead of V D, and is exact for an upstream gradient of 1
-            grad_w = torch.mm(dz.t(), scaled(read(hidden, used), scale, hidden.dtype))
+            grad_w = native.buffer(dz, dz.shape[1], hidden.shape[1])
+            torch.mm(dz.t(), scaled(read(hidden, used), scale, hidden.dtype), out=grad_w)
         else:
             grad_w = scaled(dw, scale, dtype)
         return scaled(dx, scale, dx.dtype), grad_w, (db * scale).to(dtype)

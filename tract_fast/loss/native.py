@@ -69,6 +69,14 @@ def add(total: Tensor, part: Tensor) -> None:
         total += part
 
 
+def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty (rows, columns) tensor of the dtype and device of ``like``, for a chunk of logits. On the CPU its memory
+    is kept when it is let go, one chunk at most, since page faults of a fresh one cost more than a row pass."""
+    if like.device.type == "cpu" and missing() is None:
+        return torch.ops.tract_fast.scratch(like, rows, columns)
+    return like.new_empty(rows, columns)
+
+
 def buffer(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor on the device of ``like``; on the CPU with huge pages under it, where the system has them."""
     out = like.new_empty(shape, dtype=dtype)

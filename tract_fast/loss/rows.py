@@ -1,5 +1,5 @@
-"""The row pass in PyTorch: statistics of a chunk of logits, and its gradient in place. The definition of what the Triton
-kernel in ``triton_rows.py`` does on CUDA and the C++ one in ``csrc/`` on the CPU, and what runs where neither does.
+"""The row pass in PyTorch: statistics of a chunk of logits, and its gradient in place. What the Triton kernel
+in ``triton_rows.py`` does on CUDA and the C++ one in ``csrc/`` on the CPU, told plainly; it runs where neither can.
 
 Per row, with y the label and T the score tokens (none of either is allowed)::
 
