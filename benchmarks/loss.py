@@ -57,7 +57,8 @@ def timed(run: Callable[[], None], device: str) -> float:
 
 
 def peak_extra(run: Callable[[], None], device: str) -> float:
-    """MiB above what was held before, at the peak of one call; on the CPU, of the process, every millisecond."""
+    """MiB above what was held before, at the peak of one call. On the CPU of the process, looked at every millisecond:
+    a lower bound, since memory that the allocator kept from a call before does not count."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -99,17 +100,20 @@ def measure(name: str, device: str, dtype: torch.dtype, *, frozen: bool, scores:
             step(p, loss)()  # compiles, and shows what does not run
             rows.append({"contestant": label, "error": errors(p, loss, truth)})
         except Exception as error:  # whatever a peer raises where it does not run; ours must
-            if label in ("chunked", "fused", "reference", "eager"):
+            if label in ("chunked", "fused"):
                 raise
+            torch.cuda.empty_cache()  # it may have been out of memory
             print(f"  {label}: does not run here: {type(error).__name__}: {' '.join(str(error).split())[:150]}")
             continue
         runs[label] = step(p, loss)
     del truth
     runs["bare GEMMs"]()
     times: dict[str, list[float]] = {label: [] for label in runs}
-    for _ in range(rounds):
-        for label, run in runs.items():
-            times[label].append(timed(run, device))
+    for i in range(rounds):
+        order = list(runs)
+        order = order[i % len(order) :] + order[: i % len(order)]  # nobody always runs after the same one
+        for label in order:
+            times[label].append(timed(runs[label], device))
     floor = statistics.median(times["bare GEMMs"])
     about = {
         "shape": name,
@@ -122,10 +126,18 @@ def measure(name: str, device: str, dtype: torch.dtype, *, frozen: bool, scores:
     for row in rows:
         label = row["contestant"]
         median = statistics.median(times[label])
-        row |= about | {"ms": median, "ratio": median / floor, "peak_extra_mib": peak_extra(runs[label], device)}
+        row |= about | {
+            "ms": median,
+            "least_ms": min(times[label]),
+            "most_ms": max(times[label]),
+            "ratio": median / floor,
+            "peak_extra_mib": peak_extra(runs[label], device),
+        }
         wrong = "  ".join(f"{k} {e:.1e}" for k, e in row["error"].items())
+        spread = f"({row['least_ms']:.2f} to {row['most_ms']:.2f})"
         print(
-            f"  {label:26} {median:9.2f} ms  {row['ratio']:5.2f} x bare  {row['peak_extra_mib']:7.0f} MiB  {wrong}",
+            f"  {label:26} {median:9.2f} ms {spread}  {row['ratio']:5.2f} x bare"
+            f"  {row['peak_extra_mib']:7.0f} MiB  {wrong}",
             flush=True,
         )
     return rows
@@ -162,21 +174,28 @@ def run_gpu_tests(out: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="default: all that fit the device")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help=f"default: all on CUDA, {', '.join(ON_CPU)}")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on CUDA and where the CPU multiplies it"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="times that each contestant is measured; 7")
     parser.add_argument(
         "--minutes", type=float, default=7.5, help="on CUDA: start no shape after these, tests included"
     )
     parser.add_argument("--no-tests", action="store_true", help="on CUDA: skip the tests")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for loss.json, loss.png")
     args = parser.parse_args()
+    if args.dtype is None:
+        slow = args.device == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+        args.dtype = "float32" if slow else "bfloat16"
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     cuda = args.device == "cuda"
     failed = run_gpu_tests(args.out) if cuda and not args.no_tests else 0
     about = {"device": doctor.describe_device(torch.device(args.device)), **doctor.versions(PEERS)}
     print(about)
+    if absent := [name for name in PEERS if about[name] == "not installed"]:
+        print(f"left out, not installed: {', '.join(absent)} (pip install --no-deps {' '.join(absent)})")
     rows = []
     names = args.shapes or (tuple(SHAPES) if cuda else ON_CPU)
     # every shape once before the variants of any

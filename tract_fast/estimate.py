@@ -129,7 +129,7 @@ def loss_memory(implementation: str, weight: Tensor, rows: int, device: torch.de
         return int(REFERENCE_LOGITS * 4 * rows * n_vocab)
     dx = rows * hidden * (4 + logit_bytes)
     if implementation == "fused":
-        return dx + BLOCK_BUDGET
+        return dx + BLOCK_BUDGET + (rows * hidden * logit_bytes if weight.requires_grad else 0)
     plan = plan_chunks(
         rows, n_vocab, hidden, logit_bytes=logit_bytes, trained_weight=weight.requires_grad, device=device.type
     )

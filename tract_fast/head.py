@@ -25,7 +25,7 @@ def choose_loss(implementation: str, dtype: torch.dtype, device: torch.device, c
             implementation, device_type=device.type, dtype=dtype, n_vocab=text.vocab_size, width=text.hidden_size
         )
     except ValueError as error:
-        raise UserError(f"loss.{error}") from error
+        raise UserError(f"loss.{error}".replace("'", "")) from error
 
 
 class TractHead(nn.Linear):

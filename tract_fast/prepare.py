@@ -14,8 +14,10 @@ from tract_fast.data import batch as batches, feedback, prompt
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.scores import ScoreScale, find_scale
 from tract_fast.errors import UserError
-from tract_fast.model import load_config, load_tokenizer
+from tract_fast.head import choose_loss
+from tract_fast.model import DTYPES, load_config, load_tokenizer
 from tract_fast.recipe import Recipe
+from tract_fast.shard import local_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +47,12 @@ class Prepared:
 
 def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
     """Read, split and encode the data; ``say`` receives one line per fact worth knowing. Raises UserError."""
+    config = load_config(recipe.model)
+    # refuses what cannot run, before any work
+    choose_loss(recipe.loss.implementation, DTYPES[recipe.model.dtype], local_device(), config)
     left_out: list[dict[str, str]] = []
     train, held_out = _read(recipe, say, left_out)
     tokenizer = load_tokenizer(recipe.model)
-    config = load_config(recipe.model)
     scale = find_scale(tokenizer, recipe.score.labels, recipe.score.values, rationale=recipe.data.rationale)
     prompt.check_tokenizer(tokenizer, scale, recipe.data.chat_template_kwargs)
     say(f"score: tokens {_tokens(tokenizer, scale.token_ids)} after {tokenizer.decode(list(scale.prefix_ids))!r}")

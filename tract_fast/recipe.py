@@ -159,7 +159,7 @@ class Loss:
     gradient: Literal["exact"] = "exact"
     """How the gradient through the vocabulary is computed."""
     implementation: Literal["auto", "chunked", "fused", "reference"] = "auto"
-    """chunked (logits a chunk at a time), fused (no logits; CUDA), reference (plain PyTorch), or auto: the fastest."""
+    """chunked (logits a chunk at a time), fused (none at all; CUDA), reference (plain PyTorch), auto (says why)."""
 
     def __post_init__(self) -> None:
         _require(self.ce_weight >= 0, "loss.ce_weight", self.ce_weight, "must be 0 or more")

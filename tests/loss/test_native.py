@@ -100,7 +100,7 @@ def test_vocabularies_around_vectors_and_blocks(v, dtype, variant, monkeypatch):
 
 def test_a_variant_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setenv("TRACT_FAST_CPU", "abacus")
-    with pytest.raises(RuntimeError, match="TRACT_FAST_CPU = abacus"):
+    with pytest.raises(RuntimeError, match="no such variant"):
         native.variant()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tract_fast.loss.choice import choose
 from tract_fast.loss.chunked import chunked_loss
 from tract_fast.loss.reference import IGNORE_INDEX, TractLoss, reference_loss
-from tract_fast.loss.terms import RowStats, op_arguments, result
+from tract_fast.loss.terms import RowStats, compute_dtype, op_arguments, result
 
 __all__ = ["TractLoss", "linear_tract_loss"]
 
@@ -77,11 +77,16 @@ def linear_tract_loss(
         gradient: "exact".
         eps, seed: None; nothing uses them with the implementations there are.
         memory_budget: about how many bytes of logits "chunked" (of dZ "fused") may hold at a time; None is 1 GiB on
-            CUDA (128 MiB) and 256 MiB on the CPU. Up to 1024 rows (128 on the CPU) are held at any budget.
+            CUDA (128 MiB) and 256 MiB on the CPU. With a trained weight "chunked" takes 4 V D bytes more: as float32
+            dW, or as more logits where that makes one chunk do. Up to 1024 rows (128 on the CPU) are held at any
+            budget, and 1024 columns of dZ.
         implementation: "reference", "chunked" (a chunk of rows at a time), "fused" (CUDA; no logits in memory, each
             computed twice), or "auto": see ``choice.py``.
         check: check the values of CUDA tensors too, which waits for the device; those of CPU tensors always are, but
-            not under torch.compile.
+            not under torch.compile. An index out of range that is not found so makes the loss NaN.
+
+    Gradients are of first order. Inside torch.compile this is one operator for any N; rows chosen by a boolean mask
+    have no size that can be traced, so choose them outside or by their indices.
 
     Targets, values and weights may also be float64 when ``hidden`` is.
 
@@ -112,7 +117,7 @@ def linear_tract_loss(
     name, _ = choose(
         implementation,
         device_type=hidden.device.type,
-        dtype=hidden.dtype,
+        dtype=compute_dtype(hidden),
         n_rows=len(hidden),
         n_vocab=len(weight),
         width=hidden.shape[1],
@@ -177,8 +182,8 @@ def check_budget(budget: int | None) -> None:
 
 
 def is_finite_number(value: object) -> bool:
-    # a tensor is refused: reading one that lies on a GPU would wait for the device
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # a tensor is refused: reading one that lies on a GPU would wait for the device; math.isfinite cannot be traced
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -4,8 +4,8 @@
 of ``chunked`` moves 6 bytes (2 for the loss alone), 2.1 ps (0.7) on an H100, which ``fused`` saves; for that it
 computes every logit twice, by a GEMM of about 380 TFLOP/s (published for Cut Cross-Entropy, a Triton kernel of the same
 form) where cuBLAS reaches about 550 at such widths. A GEMM takes ``2 D / rate``, so ``fused`` is ahead below
-``FUSED_BELOW``; and wherever the memory budget is too small for a chunk that keeps the GEMMs busy, since it alone stays
-within such a budget.
+``FUSED_BELOW``; and wherever the memory budget is too small for a chunk that keeps the GEMMs busy, since it then holds
+less.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def choose(
     if device_type == "cuda" and runs_triton(device_type):
         return _choose_on_cuda(dtype, n_vocab, width, n_rows, gradient, budget)
     if device_type == "cpu":
-        return "chunked", "the fastest on the CPU where it was measured, in the least memory"
+        return "chunked", "faster than the reference where both were measured, in less memory"
     return "chunked", f"its row pass in PyTorch: there is no triton for {device_type} here"
 
 
@@ -68,7 +68,7 @@ def _choose_on_cuda(
 
 def runs_triton(device_type: str) -> bool:
     """Whether Triton kernels run on the device: CUDA, or anything where Triton interprets (slow, for tests)."""
-    return interprets_triton() or (device_type == "cuda" and importlib.util.find_spec("triton") is not None)
+    return (interprets_triton() or device_type == "cuda") and importlib.util.find_spec("triton") is not None
 
 
 def interprets_triton() -> bool:

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tract_fast.loss import native
 from tract_fast.loss.choice import runs_triton
-from tract_fast.loss.plan import ChunkPlan, plan_chunks
+from tract_fast.loss.plan import ChunkPlan, plan_chunks, round_up
 from tract_fast.loss.rows import pick, row_pass
 from tract_fast.loss.terms import OP_SCHEMA, Arguments, new_scalar, new_stats, row_terms, total_loss, used_rows
 
+ROW_ALIGNMENT = 64  # logits
 SCALE_BLOCK = 2**24  # elements that are converted to float32 at a time
 
 
@@ -34,11 +35,11 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
     where the plan defers dW.
     """
     a = Arguments(*args)
-    n = len(a.hidden)
+    n, n_vocab = len(a.hidden), len(a.weight)
     plan, rows = _plan(a), row_pass_for(a.hidden.device)
     terms, stats = row_terms(a), new_stats(a)
     dx, dw, db = _new_gradients(a, plan.defer)
-    logits = native.scratch(a.hidden, plan.rows, len(a.weight))
+    logits = native.scratch(a.hidden, plan.rows, padded(n_vocab))[:, :n_vocab]
     with torch.autocast(a.hidden.device.type, enabled=False):
         for start in range(0, n, plan.rows):
             stop = min(start + plan.rows, n)
@@ -53,20 +54,26 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
             if a.need_db:
                 db += chunk.sum(0, dtype=torch.float32)
         loss = total_loss(stats, a)
-    return loss, *stats, terms.unit, dx, dw, db, logits if plan.defer else logits.new_empty(0, len(a.weight))
+    return loss, *stats, terms.unit, dx, dw, db, logits if plan.defer else logits[:0].clone()
 
 
 @chunked_loss.register_fake
-def _(*args):
+def _(*args):  # len() of a tensor would fix its size in the trace: shape here and in what is called
     a = Arguments(*args)
     plan = _plan(a)
-    dz = a.hidden.new_empty(plan.rows if plan.defer else 0, len(a.weight))
+    n_vocab = a.weight.shape[0]
+    dz = a.hidden.new_empty(plan.rows, padded(n_vocab))[:, :n_vocab] if plan.defer else a.hidden.new_empty(0, n_vocab)
     return new_scalar(a), *new_stats(a), new_scalar(a), *_new_gradients(a, plan.defer), dz
+
+
+def padded(n_vocab: int) -> int:
+    """Columns of the buffer: rows start at multiples of 128 bytes, so that GEMMs and kernels load whole vectors."""
+    return round_up(n_vocab, ROW_ALIGNMENT)
 
 
 def _new_gradients(a: Arguments, defer: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dX, dW and db to be filled, empty where they are not needed; dW also where it waits for backward."""
-    (n, width), n_vocab = a.hidden.shape, len(a.weight)
+    (n, width), n_vocab = a.hidden.shape, a.weight.shape[0]
     return (
         a.hidden.new_empty(n if a.need_dx else 0, width),
         a.weight.new_empty(n_vocab if a.need_dw and not defer else 0, width, dtype=torch.float32),
@@ -85,8 +92,8 @@ def row_pass_for(device: torch.device):
 
 def _plan(a: Arguments) -> ChunkPlan:
     return plan_chunks(
-        len(a.hidden),
-        len(a.weight),
+        a.hidden.shape[0],
+        a.weight.shape[0],
         a.hidden.shape[1],
         logit_bytes=a.hidden.element_size(),
         trained_weight=a.need_dw,
@@ -119,7 +126,7 @@ def _remember(ctx, inputs, output) -> None:
     a = Arguments(*inputs)
     unit, dx, dw, db, dz = output[-5:]
     # hidden is read again only where dW waits for backward; the weight never is
-    hidden = a.hidden if len(dz) else a.hidden[:0]
+    hidden = a.hidden if dz.shape[0] else a.hidden[:0]
     ctx.save_for_backward(hidden, a.labels, a.score_rows, unit, dx, dw, db, dz)
     ctx.dtype = a.weight.dtype
     ctx.set_materialize_grads(False)
@@ -154,7 +161,7 @@ def chunked_backward(
     """(dX, dW, db) of the loss, from what forward left, times the upstream gradient. Nothing saved is changed."""
     scale = grad_loss * unit
     with torch.autocast(dx.device.type, enabled=False):
-        if len(dz):
+        if dz.shape[0]:
             used = used_rows(labels, score_rows)
             # scaling the rows costs N D instead of V D, and is exact for an upstream gradient of 1
             grad_w = native.buffer(dz, dz.shape[1], hidden.shape[1])
@@ -168,7 +175,7 @@ def chunked_backward(
 def _(grad_loss, hidden, labels, score_rows, unit, dx, dw, db, dz, dtype):
     return (
         torch.empty_like(dx),
-        dz.new_empty(dz.shape[1], hidden.shape[1]) if len(dz) else torch.empty_like(dw, dtype=dtype),
+        dz.new_empty(dz.shape[1], hidden.shape[1]) if dz.shape[0] else torch.empty_like(dw, dtype=dtype),
         torch.empty_like(db, dtype=dtype),
     )
 

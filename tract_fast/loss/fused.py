@@ -10,8 +10,9 @@ Backward: for ``columns`` of the vocabulary at a time, the tiles are computed ag
 
 Numerics: logits stay in float32 from the GEMM's accumulator on, so they are more exact than 16-bit ones in memory; dZ
 is rounded to the dtype of ``hidden``. Cost: 2 N V D FLOP forward, 6 N V D backward (4 with W frozen): a third more than
-``chunked``, by a GEMM that is slower than cuBLAS's. It saves memory and no time: O(N) between forward and backward
-and one block of dZ in it. Applies to any N, V, D and K; offsets are 64 bit.
+``chunked``, by a GEMM that is slower than cuBLAS's, so it saves time only where D is small (``choice.py``). Memory:
+O(N) between forward and backward; in it one block of dZ, dX in float32 and a scaled copy of the hidden states. Applies
+to any N, V, D and K; offsets are 64 bit.
 """
 
 from __future__ import annotations
@@ -36,22 +37,18 @@ from tract_fast.loss.terms import (
     used_rows,
 )
 from tract_fast.loss.triton_rows import transformed
-from tract_fast.loss.tuning import tuned
+from tract_fast.loss.tuning import on_device, tuned
 
 
 def tile(bm: int, bn: int, bk: int, warps: int, stages: int) -> triton.Config:
     """Rows, columns and depth of a tile, warps and pipeline stages."""
-    return triton.Config({"BM": bm, "BN": bn, "BK": bk, "UPCAST": False}, num_warps=warps, num_stages=stages)
+    sizes = {"BM": bm, "BN": bn, "BK": bk, "UPCAST": False}
+    # all the registers there are: ptxas takes fewer by itself and spills
+    return triton.Config(sizes, num_warps=warps, num_stages=stages, maxnreg=255)
 
 
-# By kernel and bytes of an element, the default first. Tiles of 128 x 128 leave dz_kernel too few registers on sm_100,
-# ones of 128 x 256 leave none of the two enough; in float32, which no matrix unit multiplies exactly, 8 warps do.
-TILES = {
-    ("sums", 2): (tile(128, 128, 32, 8, 4), tile(128, 64, 64, 8, 4), tile(64, 256, 32, 8, 4)),
-    ("dz", 2): (tile(128, 64, 64, 8, 4), tile(64, 128, 64, 8, 4)),
-    ("sums", 4): (tile(64, 64, 32, 8, 3), tile(128, 64, 16, 8, 3)),
-    ("dz", 4): (tile(128, 64, 16, 8, 3), tile(64, 64, 16, 8, 3)),
-}
+# By bytes of an element, the default first. Larger tiles spill in some variant on some GPU generation.
+TILES = {2: (tile(128, 64, 64, 8, 4), tile(64, 128, 64, 8, 4)), 4: (tile(64, 64, 16, 8, 3),)}
 # triton's interpreter multiplies bfloat16 as integers, hence UPCAST
 INTERPRETED = (triton.Config({"BM": 16, "BN": 32, "BK": 16, "UPCAST": True}),)
 ROWS, COLUMNS = 128, 128  # of a tile, where the host must know about how large it is
@@ -80,7 +77,7 @@ def tile_logits(
     return transformed(z, softcap, logit_scale, SOFTCAP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_tokens"])
 def sums_kernel(
     hidden, weight, bias, labels, ids, top, others,
     n_rows, n_vocab, width, n_tokens, softcap, logit_scale,
@@ -115,7 +112,7 @@ def sums_kernel(
     tl.store(others + at, s, mask=row_here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_tokens", "first", "last"])
 def dz_kernel(
     hidden, weight, bias, labels, used, top, factor, dz_label, dz_scores, ids, dz,
     n_rows, n_vocab, width, n_tokens, first, last, softcap, logit_scale,
@@ -148,8 +145,8 @@ def dz_kernel(
     tl.store(place, out.to(dz.dtype.element_ty), mask=row_here[:, None] & (cols < last)[None, :])
 
 
-def tiled(kernel, name: str, dtype: torch.dtype):
-    return tuned(kernel, INTERPRETED if interprets_triton() else TILES[name, dtype.itemsize])
+def tiled(kernel, dtype: torch.dtype):
+    return tuned(kernel, INTERPRETED if interprets_triton() else TILES[dtype.itemsize])
 
 
 def shares(n_rows: int, n_vocab: int, device: torch.device) -> int:
@@ -166,7 +163,7 @@ def vocabulary_sums(a: Arguments, labels: Tensor) -> tuple[Tensor, Tensor]:
     n, n_vocab = len(a.hidden), len(a.weight)
     count = shares(n, n_vocab, a.hidden.device)
     top, others = (a.hidden.new_empty(count, n, dtype=torch.float32) for _ in range(2))
-    tiled(sums_kernel, "sums", a.hidden.dtype)[lambda meta: (triton.cdiv(n, meta["BM"]), count)](
+    tiled(sums_kernel, a.hidden.dtype)[lambda meta: (triton.cdiv(n, meta["BM"]), count)](
         a.hidden, a.weight, a.hidden if a.bias is None else a.bias, labels, a.score_token_ids, top, others,
         n, n_vocab, a.hidden.shape[1], len(a.score_token_ids), 1.0 if a.softcap is None else a.softcap,
         a.logit_scale, HAS_BIAS=a.bias is not None, SOFTCAP=a.softcap is not None,
@@ -181,7 +178,7 @@ def fused_loss(*args) -> tuple[Tensor, ...]:
     a = Arguments(*args)
     a = a._replace(hidden=a.hidden.contiguous(), weight=a.weight.contiguous())
     terms, stats = row_terms(a), new_stats(a)
-    with torch.autocast(a.hidden.device.type, enabled=False):
+    with torch.autocast(a.hidden.device.type, enabled=False), on_device(a.hidden):
         picked, slopes = transform_picked(pick(a.hidden, terms.labels, a), terms.labels, a)
         top, others = vocabulary_sums(a, terms.labels)
         at = finish(top, others, picked, terms, stats, a)
@@ -223,12 +220,12 @@ def fused_backward(
     (n, width), n_vocab = hidden.shape, len(weight)
     used, scale = used_rows(labels, score_rows), grad_loss * unit
     columns = plan_columns(n, n_vocab, logit_bytes=hidden.element_size(), multiple=COLUMNS, budget=budget)
-    kernel = tiled(dz_kernel, "dz", hidden.dtype)
+    kernel = tiled(dz_kernel, hidden.dtype)
     dx = hidden.new_zeros(n if need_dx else 0, width, dtype=torch.float32)
     dw = weight.new_empty(n_vocab if need_dw else 0, width)
     db = weight.new_empty(n_vocab if need_db else 0)
     labels = column_labels(labels, n_vocab)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False), on_device(hidden):
         rows = scaled(read(hidden, used), scale, hidden.dtype) if need_dw else None
         block = hidden.new_empty(n * columns)
         for first in range(0, n_vocab, columns):
@@ -255,7 +252,7 @@ def _(grad_loss, hidden, weight, bias, *others):
     need_dx, need_dw, need_db = others[-3:]
     n_vocab, width = weight.shape
     return (
-        hidden.new_empty(len(hidden) if need_dx else 0, width),
+        hidden.new_empty(hidden.shape[0] if need_dx else 0, width),
         weight.new_empty(n_vocab if need_dw else 0, width),
         weight.new_empty(n_vocab if need_db else 0),
     )

@@ -23,6 +23,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 DEFAULT_BUDGET = {"cuda": 2**30, "cpu": 2**28}  # bytes of logits; other devices as "cuda"
 MIN_ROWS = {"cuda": 1024, "cpu": 128}  # below it GEMMs starve (calculated, not measured)
 ROW_MULTIPLE = 128
@@ -56,13 +58,21 @@ def plan_chunks(
     None is the device's default. ``logit_bytes`` is the size of one logit, ``trained_weight`` whether dW is needed.
     See this module for the rule.
     """
-    key = device if device in DEFAULT_BUDGET else "cuda"
-    fit = max((DEFAULT_BUDGET[key] if budget is None else budget) // (logit_bytes * n_vocab), MIN_ROWS[key])
+    fit = rows_within(n_vocab, logit_bytes=logit_bytes, budget=budget, device=device)
     free = ACCUMULATOR_BYTES * width // logit_bytes if trained_weight else 0
+    # tracing comes here with a symbolic n_rows, which this comparison leaves one: arithmetic with it would fix it
     if n_rows <= fit + free:
         return ChunkPlan(rows=n_rows, defer=trained_weight)
+    if isinstance(n_rows, torch.SymInt):
+        return ChunkPlan(rows=fit, defer=False)
     count = math.ceil(n_rows / fit)
     return ChunkPlan(rows=min(round_up(math.ceil(n_rows / count), ROW_MULTIPLE), fit), defer=False)
+
+
+def rows_within(n_vocab: int, *, logit_bytes: int, budget: int | None, device: str) -> int:
+    """Rows of logits that the budget holds, or the least that GEMMs need."""
+    key = device if device in DEFAULT_BUDGET else "cuda"
+    return max((DEFAULT_BUDGET[key] if budget is None else budget) // (logit_bytes * n_vocab), MIN_ROWS[key])
 
 
 def plan_columns(n_rows: int, n_vocab: int, *, logit_bytes: int, multiple: int, budget: int | None = None) -> int:

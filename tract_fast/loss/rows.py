@@ -25,6 +25,7 @@ from torch import Tensor
 from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 BLOCK = 2**20  # logits at a time: 4 MiB in float32
+PICK_BLOCK_CUDA = 2**23  # entries of hidden states at a time, where a launch costs more than a cache miss
 
 
 class Picked(NamedTuple):
@@ -39,7 +40,8 @@ def pick(hidden: Tensor, labels: Tensor, a: Arguments) -> Picked:
     of_tokens = a.weight[a.score_token_ids].float().t()  # (D, K)
     label = hidden.new_empty(len(hidden), dtype=torch.float32)
     scores = hidden.new_empty(len(hidden), len(a.score_token_ids), dtype=torch.float32)
-    step = max(1, BLOCK // hidden.shape[1])
+    block = PICK_BLOCK_CUDA if hidden.is_cuda else BLOCK
+    step = max(1, block // max(1, hidden.shape[1]))
     for i in range(0, len(hidden), step):
         exact = hidden[i : i + step].float()
         label[i : i + step] = (exact * a.weight[labels[i : i + step].clamp(min=0)].float()).sum(1)

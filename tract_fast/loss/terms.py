@@ -7,6 +7,7 @@ two numbers per row say all that the gradient needs.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -53,28 +54,37 @@ def op_arguments(
     """Arguments from those of ``linear_tract_loss``; ``options`` are softcap, logit_scale, vocab and budget.
 
     Casts as autocast asks, and clamps what rows and columns are found by: an unchecked index must not read outside a
-    buffer. Kernels walk over score values and bias without strides.
+    buffer. It makes the loss and its gradients NaN instead. Kernels walk over score values and bias without strides.
     """
-    heads = [hidden, weight, bias]
-    device_type = hidden.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        heads = [x if x is None else x.to(dtype) for x in heads]
+    dtype = compute_dtype(hidden)
+    heads = [x if x is None else x.to(dtype) for x in (hidden, weight, bias)]
     hidden, weight, bias = heads
+    clamped = targets | {
+        "score_rows": targets["score_rows"].clamp(0, hidden.shape[0] - 1),
+        "score_token_ids": targets["score_token_ids"].clamp(0, weight.shape[0] - 1),
+        "score_values": targets["score_values"].contiguous(),
+    }
+    wrong = {name: targets[name] != clamped[name] for name in ("score_rows", "score_token_ids")}
+    labels = targets["labels"]
+    wrong_label = (labels != IGNORE_INDEX) & (labels != labels.clamp(0, weight.shape[0] - 1))
+    clamped["row_weights"] = targets["row_weights"].masked_fill(wrong_label | wrong["score_token_ids"].any(), math.nan)
+    clamped["score_weights"] = targets["score_weights"].masked_fill(wrong["score_rows"], math.nan)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
     return Arguments(
         hidden=hidden,
         weight=weight,
         bias=None if bias is None else bias.contiguous(),
-        **targets
-        | {
-            "score_rows": targets["score_rows"].clamp(0, len(hidden) - 1),
-            "score_token_ids": targets["score_token_ids"].clamp(0, len(weight) - 1),
-            "score_values": targets["score_values"].contiguous(),
-        },
+        **clamped,
         **options,
         **dict(zip(("need_dx", "need_dw", "need_db"), needs, strict=True)),
     )
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """That of ``hidden``, or the one of autocast inside its region (which leaves float64 alone)."""
+    device_type = hidden.device.type
+    autocasts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if autocasts and hidden.dtype != torch.float64 else hidden.dtype
 
 
 class RowTerms(NamedTuple):
@@ -109,7 +119,8 @@ def row_terms(a: Arguments) -> RowTerms:
     score = zeros.index_put((a.score_rows,), a.score_weights, accumulate=True)
     score_target = zeros.index_put((a.score_rows,), a.score_weights * a.score_targets, accumulate=True)
     largest = a.score_values.abs().max()
-    bound = 2 * largest * (largest * score.abs() + score_target.abs())  # of any score gradient
+    # of any score gradient, after the scale
+    bound = 2 * largest * (largest * score.abs() + score_target.abs()) * max(1.0, abs(a.logit_scale))
     coefficient = torch.maximum(ce.abs(), bound / SCORE_OVER_CE).max()
     unit = torch.where(coefficient > 0, torch.exp2(torch.ceil(torch.log2(coefficient))), 1.0)
     return RowTerms(
@@ -155,7 +166,7 @@ def new_scalar(a: Arguments) -> Tensor:
 
 
 def new_stats(a: Arguments) -> RowStats:
-    n, k = len(a.hidden), len(a.score_token_ids)
+    n, k = a.hidden.shape[0], a.score_token_ids.shape[0]
     return RowStats(*(a.hidden.new_empty(shape, dtype=torch.float32) for shape in [(n,)] * 4 + [(n, k)]))
 
 

@@ -8,9 +8,9 @@ Numerics: float32 throughout; logits and dZ are rounded to their dtype when stor
 out since libdevice's are not to be had in the interpreter. No atomics, no order of programs: deterministic.
 
 Cost: 2 reads and 1 write of the logits (1 read without gradient), one exponential per logit and pass. The grid is a
-program per multiprocessor, so that the rows between their two passes stay in the L2 cache (132 rows of 128256 bfloat16
-logits are 34 MB of an H100's 50 MB), and a block keeps 32 KB of loads in flight on each. Bound by memory: 4 to 6 bytes
-a logit, 1.4 to 2.1 ps on an H100 [calculated]. Applies to any n, V and K; offsets are 64 bit.
+program per multiprocessor, so that the rows between their two passes stay in the L2 cache (132 rows of
+128256 bfloat16 logits are 34 MB of an H100's 50 MB), and a block keeps 16 KB of loads in flight on each. Bound by
+memory: 4 to 6 bytes a logit, 1.4 to 2.1 ps on an H100 [calculated]. Applies to any n, V and K; offsets are 64 bit.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from tract_fast.loss.rows import Picked
 from tract_fast.loss.terms import Arguments, RowStats, RowTerms
-from tract_fast.loss.tuning import tuned
+from tract_fast.loss.tuning import on_device
 
-BLOCK_BYTES = 2**15  # of a row that are read at a time
-WARPS = 16  # 64 bytes a thread, and 128 registers: with 8 or 32, or half the bytes, ptxas spills some variants
-ROWS_IN_FLIGHT = (1, 2)  # programs per multiprocessor, the default first
+BLOCK_BYTES = 2**14  # of a row that are read at a time
+# ptxas is told of 128 registers, or takes 64 and spills; with those one program fills a multiprocessor. Not tuned: half
+# the warps or twice the block spill in some variant, and timing a kernel that works in place would time its copies.
+LAUNCH = {"num_warps": 16, "maxnreg": 128}
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def row_sums(
     return top, others
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_tokens"])  # a binary for every N would pause training
 def row_kernel(
     logits, n_rows, n_vocab, stride,
     bias, picked_label, picked_scores,
@@ -85,7 +86,7 @@ def row_kernel(
     nll, lse, expected, mass, probs,
     softcap, logit_scale,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr, GRADIENT: tl.constexpr,
-    K: tl.constexpr, BLOCK: tl.constexpr, PER_UNIT: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype = logits.dtype.element_ty
     k = tl.arange(0, K)
@@ -160,27 +161,20 @@ def row_kernel(
 def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, *, gradient: bool) -> None:
     """``rows.row_pass`` on CUDA: the same arguments and results."""
     n, n_vocab = logits.shape
-    launch = tuned(row_kernel, candidates(logits.element_size()), in_place="logits")
-    launch[lambda meta: (programs(n, meta["PER_UNIT"], logits.device),)](
-        logits, n, n_vocab, logits.stride(0),
-        logits if a.bias is None else a.bias, *picked,
-        terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
-        a.score_token_ids, a.score_values, len(a.score_token_ids),
-        *stats,
-        1.0 if a.softcap is None else a.softcap, a.logit_scale,
-        HAS_BIAS=a.bias is not None, SOFTCAP=a.softcap is not None, VOCAB=a.vocab, GRADIENT=gradient,
-        K=triton.next_power_of_2(len(a.score_token_ids)),
-    )  # fmt: skip
+    with on_device(logits):
+        row_kernel[(programs(n, logits.device),)](
+            logits, n, n_vocab, logits.stride(0),
+            logits if a.bias is None else a.bias, *picked,
+            terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
+            a.score_token_ids, a.score_values, len(a.score_token_ids),
+            *stats,
+            1.0 if a.softcap is None else a.softcap, a.logit_scale,
+            HAS_BIAS=a.bias is not None, SOFTCAP=a.softcap is not None, VOCAB=a.vocab, GRADIENT=gradient,
+            K=triton.next_power_of_2(len(a.score_token_ids)), BLOCK=BLOCK_BYTES // logits.element_size(), **LAUNCH,
+        )  # fmt: skip
 
 
-def candidates(logit_bytes: int) -> tuple[triton.Config, ...]:
-    return tuple(
-        triton.Config({"BLOCK": BLOCK_BYTES // logit_bytes, "PER_UNIT": count}, num_warps=WARPS)
-        for count in ROWS_IN_FLIGHT
-    )
-
-
-def programs(n_rows: int, per_unit: int, device: torch.device) -> int:
+def programs(n_rows: int, device: torch.device) -> int:
     if device.type != "cuda":
         return min(n_rows, 2)  # the interpreter: still more rows than programs
-    return min(n_rows, per_unit * torch.cuda.get_device_properties(device).multi_processor_count)
+    return min(n_rows, torch.cuda.get_device_properties(device).multi_processor_count)
