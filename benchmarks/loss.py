@@ -180,7 +180,7 @@ def main() -> int:
     )
     parser.add_argument("--rounds", type=int, default=7, help="times that each contestant is measured; 7")
     parser.add_argument(
-        "--minutes", type=float, default=7.5, help="on CUDA: start no shape after these, tests included"
+        "--minutes", type=float, default=6.5, help="on CUDA: start no shape after these, tests included"
     )
     parser.add_argument("--no-tests", action="store_true", help="on CUDA: skip the tests")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for loss.json, loss.png")
