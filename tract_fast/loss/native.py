@@ -44,9 +44,14 @@ def runs(dtype: torch.dtype) -> bool:
     if dtype not in DTYPES:
         return False
     if reason := missing():
-        warnings.warn(f"tract_fast: {reason}; the loss is slower and computes the same", stacklevel=2)
+        warn(reason)
         return False
     return True
+
+
+@functools.cache  # once a process; Python's own "once" is forgotten whenever a library changes the filters
+def warn(reason: str) -> None:
+    warnings.warn(f"tract_fast computes the loss in PyTorch, with the same results but slower: {reason}", stacklevel=2)
 
 
 def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, *, gradient: bool) -> None:
