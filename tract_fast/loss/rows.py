@@ -34,6 +34,9 @@ class Picked(NamedTuple):
     label: Tensor
     scores: Tensor
 
+    def rows(self, start: int, stop: int) -> Picked:
+        return Picked(self.label[start:stop], self.scores[start:stop])
+
 
 def pick(hidden: Tensor, labels: Tensor, a: Arguments) -> Picked:
     """The logits of the labels (some column's where there is none) and of the score tokens: n D (K + 1) products."""
@@ -55,14 +58,13 @@ def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a
     dZ is the gradient with respect to the raw logits, in units of ``terms.unit``; rows that are not used get zeros.
     """
     step = max(1, BLOCK // logits.shape[1])
-    picked, _ = transform_picked(picked, terms.labels, a)
+    picked, slopes = transform_picked(picked, terms.labels, a)
     for i in range(0, len(logits), step):
         j = min(i + step, len(logits))
         part = terms.rows(i, j)
         z, slope = transform(logits[i:j].float(), a.bias, a)
-        dz = rows(z, Picked(picked.label[i:j], picked.scores[i:j]), part, stats.rows(i, j), a, gradient)
+        dz = rows(z, slope, picked.rows(i, j), slopes.rows(i, j), part, stats.rows(i, j), a, gradient)
         if gradient:
-            dz = dz.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else dz
             logits[i:j] = dz.masked_fill_(~part.used[:, None], 0.0)
 
 
@@ -83,11 +85,22 @@ def transform_picked(picked: Picked, labels: Tensor, a: Arguments) -> tuple[Pick
     """The picked logits after bias, scale and cap, and their derivatives with respect to the raw ones."""
     biases = (None, None) if a.bias is None else (a.bias[labels.clamp(min=0)], a.bias[a.score_token_ids])
     z, slope = zip(*(transform(z, bias, a) for z, bias in zip(picked, biases, strict=True)), strict=True)
-    return Picked(*z), Picked(*slope)
+    whole = (s if isinstance(s, Tensor) else torch.full_like(x, s) for s, x in zip(slope, z, strict=True))
+    return Picked(*z), Picked(*whole)
 
 
-def rows(z: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, gradient: bool) -> Tensor | None:
-    """Statistics and the gradient with respect to the capped logits ``z`` (n, V) float32, which it overwrites."""
+def rows(
+    z: Tensor,
+    slope: Tensor | float,
+    picked: Picked,
+    slopes: Picked,
+    terms: RowTerms,
+    stats: RowStats,
+    a: Arguments,
+    gradient: bool,
+) -> Tensor | None:
+    """Statistics and the gradient with respect to the raw logits, from the capped ones ``z`` (n, V) float32, which it
+    overwrites; ``slope`` and ``slopes`` are derivatives of ``z`` and of ``picked``."""
     has_label = (terms.labels >= 0)[:, None]
     column = terms.labels.clamp(min=0)[:, None]  # (n, 1); rows without a label get back what stood there
     z.scatter_(1, column, z.gather(1, column).masked_fill(has_label, float("-inf")))
@@ -98,8 +111,9 @@ def rows(z: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Argumen
     if not gradient:
         return None
     dz = z.mul_(at.factor[:, None])
-    dz.scatter_(1, column, torch.where(has_label, at.label[:, None], dz.gather(1, column)))
-    dz[:, a.score_token_ids] = at.scores
+    dz = dz.mul_(slope) if isinstance(slope, Tensor) or slope != 1.0 else dz
+    dz.scatter_(1, column, torch.where(has_label, (at.label * slopes.label)[:, None], dz.gather(1, column)))
+    dz[:, a.score_token_ids] = at.scores * slopes.scores
     return dz
 
 
