@@ -58,7 +58,7 @@ setup(
     # demo` finds its recipe in both without a second copy
     packages=[*find_packages(include=["tract_fast", "tract_fast.*"]), "tract_fast.recipes"],
     package_dir={"tract_fast.recipes": "recipes"},
-    ext_modules=[Extension("tract_fast._native", sources=[], optional=False)],
+    ext_modules=[Extension("tract_fast._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     package_data={"tract_fast.data": ["demo.jsonl"], "tract_fast.recipes": ["*.yaml"]},
     install_requires=[

@@ -56,6 +56,9 @@ void row_pass_op(const Tensor logits, const std::optional<Tensor> bias, const Te
   for (const Tensor* t : {&picked_label, &picked_scores, &labels, &ce, &score, &score_target, &used, &ids, &values,
                           &nll, &lse, &expected, &mass, &probs})
     STD_TORCH_CHECK(t->is_contiguous() && t->is_cpu(), "all tensors must be contiguous and on the CPU");
+  STD_TORCH_CHECK(!bias.has_value() || (bias->is_contiguous() && bias->numel() == logits.size(1) &&
+                                        bias->scalar_type() == logits.scalar_type()),
+                  "bias must be contiguous, (n_vocab), of the type of the logits");
   RowPass p;
   p.logits = logits.data_ptr();
   p.n_vocab = logits.size(1);

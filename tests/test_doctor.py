@@ -31,3 +31,20 @@ def test_finds_a_wrong_loss(monkeypatch, capsys, factor):
     monkeypatch.setattr(doctor, "linear_tract_loss", wrong)
     assert main(["doctor"]) == 1
     assert "chunked: WRONG" in capsys.readouterr().out
+
+
+def test_a_kernel_that_fails_is_told_and_the_rest_printed(monkeypatch, capsys):
+    def broken(*args, **options):
+        raise RuntimeError("no C compiler\nsecond line")
+
+    monkeypatch.setattr(doctor, "linear_tract_loss", broken)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out
+    assert "chunked: FAILS: RuntimeError: no C compiler second line" in printed and "row pass:" in printed
+
+
+@pytest.mark.skipif(doctor.local_device().type != "cpu" or bool(doctor.native.missing()), reason="no native kernels")
+def test_a_variant_that_is_not_there_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setenv("TRACT_FAST_CPU", "abacus")
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.startswith("error: TRACT_FAST_CPU = abacus: must be portable, avx2 or avx512")

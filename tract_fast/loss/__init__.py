@@ -110,9 +110,11 @@ def linear_tract_loss(
         "score_weights": score_weights,
     }
     check_targets(hidden, targets)
-    if check or (hidden.device.type == "cpu" and not torch.compiler.is_compiling()):  # values cannot be traced
-        check_values(len(hidden), len(weight), targets)
     targets |= mean_weights(hidden.dtype, targets)
+    if check or reads_values(hidden):
+        check_values(len(hidden), len(weight), targets)
+    else:
+        targets |= weights_nan_where_wrong(len(hidden), len(weight), targets)
     options = {"softcap": softcap, "logit_scale": logit_scale}
     name, _ = choose(
         implementation,
@@ -141,6 +143,23 @@ def mean_weights(dtype: torch.dtype, targets: dict[str, Tensor | None]) -> dict[
     if targets["score_weights"] is None:
         found["score_weights"] = torch.full_like(scores, 1 / max(len(scores), 1), dtype=real)
     return found
+
+
+def reads_values(hidden: Tensor) -> bool:
+    """Whether values are checked unasked: on the CPU, where that waits for nothing, but tracing has none."""
+    return hidden.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def weights_nan_where_wrong(n_rows: int, n_vocab: int, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, NaN where an index that nobody checked is out of range: the loss says so without waiting for the
+    device, where a clamped index would train on another token in silence."""
+    labels, rows, ids = targets["labels"], targets["score_rows"], targets["score_token_ids"]
+    wrong_label = (labels != IGNORE_INDEX) & ((labels < 0) | (labels >= n_vocab))
+    wrong_token = ((ids < 0) | (ids >= n_vocab)).any()
+    return {
+        "row_weights": targets["row_weights"].masked_fill(wrong_label | wrong_token, math.nan),
+        "score_weights": targets["score_weights"].masked_fill((rows < 0) | (rows >= n_rows), math.nan),
+    }
 
 
 def operator(name: str):

@@ -54,7 +54,7 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
             if a.need_db:
                 db += chunk.sum(0, dtype=torch.float32)
         loss = total_loss(stats, a)
-    return loss, *stats, terms.unit, dx, dw, db, logits if plan.defer else logits[:0].clone()
+    return loss, *stats, terms.unit, dx, dw, db, logits if plan.defer else a.hidden.new_empty(0, n_vocab)
 
 
 @chunked_loss.register_fake

@@ -83,9 +83,9 @@ def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_empty(rows, columns)
 
 
-def buffer(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor on the device of ``like``; on the CPU with huge pages under it, where the system has them."""
-    out = like.new_empty(shape, dtype=dtype)
+def buffer(like: Tensor, *shape: int) -> Tensor:
+    """An empty tensor of the dtype and device of ``like``; on the CPU with huge pages, where the system has them."""
+    out = like.new_empty(shape)
     if out.device.type == "cpu" and missing() is None:
         torch.ops.tract_fast.advise(out)
     return out

@@ -7,7 +7,6 @@ two numbers per row say all that the gradient needs.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -54,7 +53,7 @@ def op_arguments(
     """Arguments from those of ``linear_tract_loss``; ``options`` are softcap, logit_scale, vocab and budget.
 
     Casts as autocast asks, and clamps what rows and columns are found by: an unchecked index must not read outside a
-    buffer. It makes the loss and its gradients NaN instead. Kernels walk over score values and bias without strides.
+    buffer. Kernels walk over score values and bias without strides.
     """
     dtype = compute_dtype(hidden)
     heads = [x if x is None else x.to(dtype) for x in (hidden, weight, bias)]
@@ -64,11 +63,6 @@ def op_arguments(
         "score_token_ids": targets["score_token_ids"].clamp(0, weight.shape[0] - 1),
         "score_values": targets["score_values"].contiguous(),
     }
-    wrong = {name: targets[name] != clamped[name] for name in ("score_rows", "score_token_ids")}
-    labels = targets["labels"]
-    wrong_label = (labels != IGNORE_INDEX) & (labels != labels.clamp(0, weight.shape[0] - 1))
-    clamped["row_weights"] = targets["row_weights"].masked_fill(wrong_label | wrong["score_token_ids"].any(), math.nan)
-    clamped["score_weights"] = targets["score_weights"].masked_fill(wrong["score_rows"], math.nan)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads]
     return Arguments(
         hidden=hidden,
