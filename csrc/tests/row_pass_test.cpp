@@ -216,6 +216,9 @@ void check_values_that_are_not_finite(const Variant& variant) {
       }
       const bool finite = std::isfinite(dirty.lse[1]);
       expect(finite == (bad == -infinity || bad == 1e-40f), name + ": lse " + std::to_string(dirty.lse[1]));
+      dirty.raw32[3 * dirty.stride + 1500] = bad;  // row 3 has neither a label nor a score
+      run(dirty, variant, threads);
+      for (int64_t j = 0; j < clean.v; ++j) expect(dirty.result(3, j) == 0, name + " that nothing uses");
     }
 }
 

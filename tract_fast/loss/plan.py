@@ -23,8 +23,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 DEFAULT_BUDGET = {"cuda": 2**30, "cpu": 2**28}  # bytes of logits; other devices as "cuda"
 MIN_ROWS = {"cuda": 1024, "cpu": 128}  # below it GEMMs starve (calculated, not measured)
 ROW_MULTIPLE = 128
@@ -60,11 +58,8 @@ def plan_chunks(
     """
     fit = rows_within(n_vocab, logit_bytes=logit_bytes, budget=budget, device=device)
     free = ACCUMULATOR_BYTES * width // logit_bytes if trained_weight else 0
-    # tracing comes here with a symbolic n_rows, which this comparison leaves one: arithmetic with it would fix it
     if n_rows <= fit + free:
         return ChunkPlan(rows=n_rows, defer=trained_weight)
-    if isinstance(n_rows, torch.SymInt):
-        return ChunkPlan(rows=fit, defer=False)
     count = math.ceil(n_rows / fit)
     return ChunkPlan(rows=min(round_up(math.ceil(n_rows / count), ROW_MULTIPLE), fit), defer=False)
 
