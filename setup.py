@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 
 class CMakeBuild(build_ext):
-    """Builds tract_fast/_native.so, which torch loads: no Python module, so it serves every Python."""
+    """Builds tract_fast/_native.so, which torch loads; it is no Python module."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', '/')}.so"

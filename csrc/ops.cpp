@@ -1,5 +1,5 @@
 // The row pass as PyTorch operators, in the namespace tract_fast. Through PyTorch's stable ABI, which has all that is
-// needed (tensors' pointers and its thread pool), so one build serves every torch from 2.11 on.
+// needed (tensors' pointers and its thread pool), so that one build can serve torch from 2.11 on.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -100,8 +100,8 @@ void add_op(const Tensor total, const Tensor part) {
   });
 }
 
-// Ask for huge pages under a buffer that was not touched yet: its page faults cost more than the row pass. A hint that a
-// system may not know or not grant, hence no error.
+// Ask for huge pages under a buffer that was not touched yet, for fewer page faults. A hint that a system may not know or
+// not grant, hence no error.
 void advise_op(const Tensor buffer) {
 #ifdef __linux__
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
