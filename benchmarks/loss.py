@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def measure(name: str, device: str, dtype: torch.dtype, *, frozen: bool, scores:
     times: dict[str, list[float]] = {label: [] for label in runs}
     for i in range(rounds):
         order = list(runs)
-        order = order[i % len(order) :] + order[: i % len(order)]  # nobody always runs after the same one
+        random.Random(i).shuffle(order)  # nobody always runs after the same one
         for label in order:
             times[label].append(timed(runs[label], device))
     floor = statistics.median(times["bare GEMMs"])
