@@ -7,8 +7,8 @@
 // of a row are shared.
 //
 // Numerics: float32 within a block of BLOCK columns, float64 over blocks and in finish(). exp is a polynomial, relative
-// error 9e-8 (measured); below e^-87.7 it is 0. bfloat16 logits and dZ are rounded to nearest, ties to even. A NaN stays in its
-// row. The same result for every number of threads as long as rows are not shared.
+// error 9e-8 (measured); below e^-87.7 it is 0. bfloat16 logits and dZ are rounded to nearest, ties to even. A NaN stays
+// in its row. The same result for every number of threads as long as rows are not shared.
 //
 // Cost: 2 reads and 1 write of the logits (1 read without gradient) and an exponential a logit and pass, about 2 x 20
 // FLOP. A row of 49152 float32 logits (192 KiB) stays in the L2 cache between the passes, so memory sees each logit once
