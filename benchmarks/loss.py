@@ -1,6 +1,6 @@
 """The loss against its floor and its peers: time, memory and error of one forward and backward.
 
-    python -m benchmarks.loss [--device cpu|cuda] [--shapes NAME ...] [--dtype ...] [--rounds N] [--out FOLDER]
+    python -m benchmarks.loss [--device cpu|cuda] [--shapes NAME ...] [--only NAME ...] [--dtype ...] [--rounds N]
 
 Every time is a median over rounds in which all contestants take turns, shown as a ratio to the bare GEMMs of the rows
 that count, in the same rounds (three, or two with W frozen), into buffers made before. Errors are relative (norm)
@@ -91,12 +91,16 @@ def errors(p: Problem, loss: Callable[[], Tensor], truth: list[Tensor]) -> dict[
     return {name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in zip(names, found, truth, strict=True)}
 
 
-def measure(name: str, device: str, dtype: torch.dtype, *, frozen: bool, scores: bool, rounds: int) -> list[dict]:
-    """All contestants on one shape."""
+def measure(
+    name: str, device: str, dtype: torch.dtype, *, frozen: bool, scores: bool, rounds: int, only: list[str] | None
+) -> list[dict]:
+    """All contestants, or ``only`` these, on one shape."""
     p = Problem(SHAPES[name], device, dtype, frozen=frozen, scores=scores)
     truth = p.truth()
     rows, runs = [], {"bare GEMMs": bare_gemms(p)}
     for label, loss in contestants(p).items():
+        if only and label not in only:
+            continue
         try:
             step(p, loss)()  # compiles, and shows what does not run
             rows.append({"contestant": label, "error": errors(p, loss, truth)})
@@ -176,6 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help=f"default: all on CUDA, {', '.join(ON_CPU)}")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants, such as chunked eager; default: all")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 on CUDA and where the CPU multiplies it"
     )
@@ -206,7 +211,15 @@ def main() -> int:
             print(f"{name}, {kind}: left out, {args.minutes} minutes are over (--minutes)")
             continue
         print(f"{name}: {SHAPES[name]}, {args.dtype}, {kind}")
-        rows += measure(name, args.device, getattr(torch, args.dtype), frozen=frozen, scores=scores, rounds=args.rounds)
+        rows += measure(
+            name,
+            args.device,
+            getattr(torch, args.dtype),
+            frozen=frozen,
+            scores=scores,
+            rounds=args.rounds,
+            only=args.only,
+        )
         (args.out / "loss.json").write_text(json.dumps({"versions": about, "rows": rows}, indent=1) + "\n")
     plot(rows, args.out / "loss.png")
     return failed

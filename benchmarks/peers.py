@@ -20,12 +20,13 @@ DOUBLE_ROWS = 1024  # rows of float64 logits at a time
 
 
 class Shape(NamedTuple):
-    """A head and a micro-batch: ``rows`` of its ``tokens`` count; None is all."""
+    """A head and a micro-batch: ``rows`` of its ``tokens`` count; None is all. ``budget`` is our loss's, in bytes."""
 
     rows: int
     vocab: int
     width: int
     tokens: int | None = None
+    budget: int | None = None
 
 
 def vicuna(sequences: int, vocab: int, width: int) -> Shape:
@@ -37,6 +38,8 @@ SHAPES = {
     "smollm2-135m": Shape(1024, 49152, 576),
     "smollm2-135m-vicuna": vicuna(4, 49152, 576),
     "smollm2-135m-3000": Shape(3000, 49152, 576),
+    "smollm2-135m-3000-70mb": Shape(3000, 49152, 576, budget=70_000_000),
+    "llama-3.2-1b-512": Shape(512, 128256, 2048),
     "gemma-3-270m": Shape(2048, 262144, 640),
     "mistral-7b": Shape(4096, 32000, 4096),
     "llama-3.1-8b": Shape(8192, 128256, 4096),
@@ -58,7 +61,7 @@ class Problem:
         generator = torch.Generator(device).manual_seed(0)
         tokens, every = shape.tokens or shape.rows, RATIONALE if shape.tokens is None else SEQUENCE
         random = lambda *size: torch.randn(*size, generator=generator, device=device)  # noqa: E731
-        self.scores = scores
+        self.scores, self.budget = scores, shape.budget
         self.weight = random(shape.vocab, shape.width).mul_(shape.width**-0.5).to(dtype).requires_grad_(not frozen)
         self.hidden = random(tokens, shape.width).mul_(3.5).to(dtype).requires_grad_()
         place = torch.arange(tokens, device=device)
@@ -88,6 +91,7 @@ class Problem:
             self.ids,
             self.values,
             implementation=implementation,
+            memory_budget=self.budget,
         ).loss
 
     def eager(self) -> Tensor:
