@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import SHAPES, Problem, bare_gemms, contestants
-from tract_fast import doctor
+from tract_fast import doctor, perf
 
 ON_CPU = ("smollm2-135m", "smollm2-135m-vicuna", "smollm2-135m-3000")
 PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels")
@@ -127,6 +127,7 @@ def measure(
         "W": "frozen" if frozen else "trained",
         "loss": "TRACT" if scores else "CE",
         "bare_gemms_ms": floor,
+        "bare_gemms_least_ms": min(times["bare GEMMs"]),
     }
     for row in rows:
         label = row["contestant"]
@@ -192,8 +193,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for loss.json, loss.png")
     args = parser.parse_args()
     if args.dtype is None:
-        slow = args.device == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-        args.dtype = "float32" if slow else "bfloat16"
+        args.dtype = "float32" if perf.slow_bfloat16(torch.device(args.device)) else "bfloat16"
     began = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     cuda = args.device == "cuda"

@@ -20,7 +20,8 @@ DOUBLE_ROWS = 1024  # rows of float64 logits at a time
 
 
 class Shape(NamedTuple):
-    """A head and a micro-batch: ``rows`` of its ``tokens`` count; None is all. ``budget`` is our loss's, in bytes."""
+    """A head and a micro-batch: ``rows`` of its ``tokens`` count; None is all. ``budget`` is our loss's, in bytes
+    of 16-bit logits (twice that in float32, so that the rows of a chunk are the same)."""
 
     rows: int
     vocab: int
@@ -61,7 +62,8 @@ class Problem:
         generator = torch.Generator(device).manual_seed(0)
         tokens, every = shape.tokens or shape.rows, RATIONALE if shape.tokens is None else SEQUENCE
         random = lambda *size: torch.randn(*size, generator=generator, device=device)  # noqa: E731
-        self.scores, self.budget = scores, shape.budget
+        self.scores = scores
+        self.budget = None if shape.budget is None else shape.budget * dtype.itemsize // 2
         self.weight = random(shape.vocab, shape.width).mul_(shape.width**-0.5).to(dtype).requires_grad_(not frozen)
         self.hidden = random(tokens, shape.width).mul_(3.5).to(dtype).requires_grad_()
         place = torch.arange(tokens, device=device)

@@ -1,4 +1,7 @@
-"""The command line: ``tract-fast train | export | demo | doctor``. Commands import what they need when they run."""
+"""The command line: ``tract-fast train | export | evaluate | score | demo | doctor``.
+
+Commands import what they need when they run.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,12 @@ import tyro
 
 from tract_fast import __version__, recipe as recipes
 from tract_fast.errors import RunStopped, UserError
+from tract_fast.recipe import Generate
 
 PROG = "tract-fast"
-SWITCHES = {"--help", "-h", "--dry-run", "--dry_run"}  # flags without a value
-LATER = ("generate", "run", "evaluate", "score", "plan")  # commands that are not in this version
+# flags without a value
+SWITCHES = {"--help", "-h", "--dry-run", "--dry_run", "--teacher-forced", "--teacher_forced", "--skip"}
+LATER = ("generate", "run", "plan")  # commands that are not in this version
 
 
 def train(
@@ -58,6 +63,76 @@ def export(
     return 0
 
 
+def evaluate(
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
+    settings: Annotated[Generate, tyro.conf.arg(name="")],
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/evaluate"),
+    teacher_forced: tyro.conf.FlagCreatePairsOff[bool] = False,
+    holdout: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.0,
+    split_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 42,
+    limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    skip: tyro.conf.FlagCreatePairsOff[bool] = False,
+    batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
+    dtype: Annotated[str, tyro.conf.arg(metavar="auto|bfloat16|float32")] = "auto",
+) -> int:
+    """Judge held-out prompts and measure how far the scores agree with the true ones.
+
+    Stopped, the same command goes on where it was, with the same numbers.
+
+    Args:
+        model: A judge that export wrote, or any instruct model for comparison (folder, hub name, package:NAME).
+        data: Judgements with true scores, in the forms that train reads.
+        settings: How rationales are sampled.
+        out: Folder for predictions.jsonl, metrics.json and scores.png.
+        teacher_forced: Score after the rationales in the data instead of the judge's own.
+        holdout: Only the share of questions that a training with this data.holdout kept for evaluation; 0: all.
+        split_seed: The train.seed of that training.
+        limit: Only the first so many prompts.
+        skip: Leave out and list broken records and prompts that are too long, instead of stopping.
+        batch: Sequences generated at a time.
+        dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
+    """
+    from tract_fast import evaluate as evaluation
+
+    source = evaluation.Source(data=data, holdout=holdout, split_seed=split_seed, limit=limit, skip=skip)
+    options = {"teacher_forced": teacher_forced, "batch": batch, "dtype": dtype}
+    evaluation.show(evaluation.run(model, source, out, settings, **options), out)
+    return 0
+
+
+def score(
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
+    settings: Annotated[Generate, tyro.conf.arg(name="")],
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")] = Path("-"),
+    batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
+    dtype: Annotated[str, tyro.conf.arg(metavar="auto|bfloat16|float32")] = "auto",
+) -> int:
+    """Judge prompts from JSON Lines, a file or standard input, and print a judgement a line as they come.
+
+    A line has the field prompt, or the parts of the judge's template (orig_instruction, ...); its id is handed on.
+    Exits with 1 where a line could not be judged; its answer has the field error.
+
+    Args:
+        model: A judge that export wrote, or any instruct model.
+        settings: How rationales are sampled.
+        file: JSON Lines; - is standard input.
+        batch: Sequences generated at a time; 1 answers each line before the next is read.
+        dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
+    """
+    if batch < 1:
+        raise UserError(f"batch = {batch}: must be above 0")
+    with open(sys.stdin.fileno() if str(file) == "-" else file, "rb", closefd=str(file) != "-") as lines:
+        from tract_fast import score as scoring
+        from tract_fast.judge import Judge
+
+        judge = Judge.from_pretrained(model, dtype=dtype, say=lambda line: print(line, file=sys.stderr))
+        failed = scoring.run(judge, lines, file.name, sys.stdout, settings, batch)
+    if failed:
+        print(f"{failed} lines could not be judged: see their field error", file=sys.stderr)
+    return int(failed > 0)
+
+
 def demo(dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/demo")) -> int:
     """Train a small judge on the CPU and print its held-out numbers before and after.
 
@@ -76,7 +151,20 @@ def doctor() -> int:
     return doctors.run()
 
 
-COMMANDS = {"train": train, "export": export, "demo": demo, "doctor": doctor}
+COMMANDS = {
+    "train": train,
+    "export": export,
+    "evaluate": evaluate,
+    "score": score,
+    "demo": demo,
+    "doctor": doctor,
+}
+WORDS = {  # what a command takes besides flags, as it is told to who leaves it out; those in brackets may be left out
+    "train": ("a recipe: tract-fast train RECIPE.yaml", 1, 1),
+    "export": ("a run: tract-fast export RUN_DIR", 1, 1),
+    "evaluate": ("a judge and data: tract-fast evaluate MODEL DATA", 2, 2),
+    "score": ("a judge: tract-fast score MODEL [FILE]", 1, 2),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,18 +211,18 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _check_words(command: str, argv: list[str]) -> None:
-    """Raise UserError where the one word that a command takes is missing, or there are more."""
-    wanted = {"train": "a recipe: tract-fast train RECIPE.yaml", "export": "a run: tract-fast export RUN_DIR"}
+    """Raise UserError where a word that a command takes is missing, or there are more."""
+    wanted, least, most = WORDS.get(command, ("", 0, 0))
     words, skip = [], False
     for word in argv:
-        if not skip and not word.startswith("-"):
+        if not skip and (word == "-" or not word.startswith("-")):
             words.append(word)
         skip = not skip and word.startswith("--") and "=" not in word and word not in SWITCHES
     if {"--help", "-h"} & set(argv):
         return
-    if command in wanted and not words:
-        raise UserError(f"{command} needs {wanted[command]}")
-    surplus = words[command in wanted :]
+    if len(words) < least:
+        raise UserError(f"{command} needs {wanted}")
+    surplus = words[most:]
     if surplus:
         raise UserError(
             f"{' '.join(surplus)}: one word too many for {command}; a setting is written --section.key VALUE"
@@ -142,7 +230,7 @@ def _check_words(command: str, argv: list[str]) -> None:
 
 
 def _overview() -> str:
-    commands = [f"  {name:8}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    commands = [f"  {name:10}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             f"usage: {PROG} [--help] [--version] COMMAND ...",

@@ -1,4 +1,4 @@
-"""Memory and speed of a run."""
+"""Memory and speed of a run, and what a device is slow at."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes everywhere but on macOS
+
+
+def slow_bfloat16(device: torch.device) -> bool:
+    """Whether ``device`` is a CPU without instructions for bfloat16 products: they take many times float32's time."""
+    return device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
 def duration(seconds: float) -> str:

@@ -240,6 +240,33 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generate:
+    """How rationales are sampled; the authors' settings."""
+
+    n: int = 1
+    """Rationales per prompt; the score is the mean over them."""
+    temperature: float = 1.0
+    """Softens (above 1) or sharpens (below 1) the distribution of the next token; 0 always takes the likeliest."""
+    top_p: float = 0.9
+    """Sample among the likeliest tokens that together have this probability."""
+    repetition_penalty: float = 1.03
+    """Divides the logits of tokens that stand in the prompt or the rationale so far."""
+    max_new_tokens: int = 1024
+    """Longest rationale with its score sentence, in tokens."""
+    seed: int = 42
+    """Of the samples; each prompt and draw has its own."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "max_new_tokens", "repetition_penalty"):
+            _require(getattr(self, name) > 0, f"generate.{name}", getattr(self, name), "must be above 0")
+        _require(self.temperature >= 0, "generate.temperature", self.temperature, "must be 0 or more")
+        _require(0 < self.top_p <= 1, "generate.top_p", self.top_p, "must be above 0 and at most 1")
+        _require(0 <= self.seed < 2**63, "generate.seed", self.seed, "must be 0 or more, and below 2**63")
+        same = self.temperature == 0 and self.n > 1
+        _require(not same, "generate.n", self.n, "must be 1 at temperature 0, where all rationales would be the same")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Where a run lives and how it starts."""
 

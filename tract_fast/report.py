@@ -141,3 +141,22 @@ def _legend(*panels: Axes, **options) -> None:
     handles = [handle for panel in panels for handle in panel.get_legend_handles_labels()[0]]
     if handles:
         panels[-1].legend(handles=handles, fontsize=8, framealpha=0.9, **options)
+
+
+def plot_scores(panels: dict[str, list[dict]], out: Path) -> Path:
+    """Draw predicted against true scores, a panel for each named list of predictions (``predictions.jsonl``).
+
+    ``out`` is the PNG to write, and is returned. Points of one label are spread a little, to be seen.
+    """
+    figure = Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
+    for axes, (name, records) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        labels = [r["label"] for r in records]
+        low, high = min(labels), max(labels)
+        spread = 0.02 * (high - low or 1)
+        places = [label + spread * (i % 7 - 3) for i, label in enumerate(labels)]
+        axes.plot([low, high], [low, high], color="gray", linewidth=1, linestyle=":")
+        axes.plot(places, [r["expected_score"] for r in records], ".", color=HELD_OUT, alpha=0.7)
+        axes.set(title=name, xlabel="true score", ylabel="expected score")
+        axes.grid(alpha=0.25)
+    figure.savefig(out, dpi=150)
+    return out

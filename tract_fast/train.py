@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.backends.cpu import get_cpu_capability as cpu_capability
 
-from tract_fast import checkpoint, estimate, evaluate, log, model, optim, recipe as recipes, shard
+from tract_fast import checkpoint, estimate, evaluate, log, model, optim, perf, recipe as recipes, shard
 from tract_fast.checkpoint import Progress
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
@@ -69,8 +68,8 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
     checkpoint.make_folder(Path(recipe.run.dir), "run.dir")
     with shard.start_ranks() as ranks:
         say(f"device: {ranks.device}, rank {ranks.rank} of {ranks.world}, {torch.get_num_threads()} threads")
-        if recipe.model.dtype == "bfloat16" and ranks.device.type == "cpu" and "AVX512" not in cpu_capability():
-            say(f"warning: model.dtype = bfloat16 is slow here ({cpu_capability()}, no 16-bit products): try float32")
+        if recipe.model.dtype == "bfloat16" and perf.slow_bfloat16(ranks.device):
+            say("warning: model.dtype = bfloat16 is slow here (a CPU without 16-bit products): try float32")
         data = prepare(recipe, say)
         job = assemble(recipe, ranks, data, say)
         done = restore(job, start, say)

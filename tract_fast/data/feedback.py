@@ -15,7 +15,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from tract_fast.errors import UserError
 RESULT = re.compile(r"\[RESULT\][\s:]*(\S+)")
 SCORE_SENTENCE = re.compile(r"So the overall score is\s+(?:an? )?(\S+)")
 VERDICT = re.compile(r"So the overall|\b(?i:so|therefore|thus|hence),? the overall score is")
+IN_RESULT, IN_SENTENCE = "[RESULT]", "the score sentence"
 AROUND_SCORE = "()[]{}\"'*`.,;:!"  # what may stand around a score in a judge's output
 PLAIN = ("prompt", "rationale", "score", "weight", "id", "question")
 RESPONSE_HEADING = "###Response to evaluate"
@@ -183,19 +184,32 @@ def _collection(fields: dict[str, Any], scale: dict[str, float]) -> dict[str, An
         prompt = _text(fields, "instruction")
     else:
         prompt = fill_template({part: _text(fields, part) for part in PARTS})
-    found = {}
-    for name, pattern in (("[RESULT]", RESULT), ("the score sentence", SCORE_SENTENCE)):
-        matches = pattern.findall(output)
-        if matches:
-            label = matches[-1] if matches[-1] in scale else matches[-1].strip(AROUND_SCORE)
-            if label in scale or name == "[RESULT]":
-                found[name] = label
+    found = _scores_written(output, scale)
     if not found:
         raise _Broken(f"output has no score: neither '[RESULT] n' nor 'So the overall score is n' ({output[-40:]!r})")
     if len(set(found.values())) > 1:
         raise _Broken("output has two scores: " + " and ".join(f"{v} in {k}" for k, v in found.items()))
     own = {"id": fields["id"]} if "id" in fields else {}
     return {"prompt": prompt, "rationale": output, "score": next(iter(found.values()))} | own | _extras(fields)
+
+
+def _scores_written(output: str, labels: Collection[str]) -> dict[str, str]:
+    """The last score in each of the two forms that judges write, by the form's name. "[RESULT]" may hold no label."""
+    found = {}
+    for name, pattern in ((IN_RESULT, RESULT), (IN_SENTENCE, SCORE_SENTENCE)):
+        matches = pattern.findall(output)
+        if matches:
+            label = matches[-1] if matches[-1] in labels else matches[-1].strip(AROUND_SCORE)
+            if label in labels or name == IN_RESULT:
+                found[name] = label
+    return found
+
+
+def read_label(output: str, labels: Collection[str]) -> str | None:
+    """The label that a judge's output ends with, in the score sentence or after "[RESULT]"; None where it has none."""
+    found = _scores_written(output, labels)
+    label = found.get(IN_SENTENCE, found.get(IN_RESULT))
+    return label if label in labels else None
 
 
 def _extras(fields: dict[str, Any]) -> dict[str, Any]:
@@ -228,6 +242,11 @@ def _example(where: str, fields: dict[str, Any], scale: dict[str, float], ration
         question=question,
         weight=float(weight),
     )
+
+
+def has_verdict(text: str) -> bool:
+    """Whether a judge's output reaches its verdict, which ends the rationale."""
+    return bool(VERDICT.search(text)) or "[RESULT]" in text
 
 
 def cut_rationale(text: str) -> str:

@@ -178,8 +178,8 @@ def _encode_chunk(
     """Each example encoded, or what is wrong with it."""
     prompts = list(dict.fromkeys(e.prompt for e in examples))  # a prompt often has several judgements
     rendered = [render_prompt(tokenizer, prompt, chat_template_kwargs) for prompt in prompts]
-    prompt_ids = dict(zip(prompts, _tokenize(tokenizer, rendered), strict=True))
-    rationales = _tokenize(tokenizer, [e.rationale for e in examples])
+    prompt_ids = dict(zip(prompts, tokenize(tokenizer, rendered), strict=True))
+    rationales = tokenize(tokenizer, [e.rationale for e in examples])
     special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
     if tokenizer.unk_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         special.pop(tokenizer.unk_token_id, None)  # any text may hold a character that the tokenizer lacks
@@ -205,7 +205,8 @@ def _encode_chunk(
     return encoded
 
 
-def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text, without any that the tokenizer would add around it."""
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
@@ -220,7 +221,7 @@ def check_tokenizer(tokenizer: Any, scale: ScoreScale, chat_template_kwargs: Map
     rendered = render_prompt(tokenizer, prompt, chat_template_kwargs)
     if prompt not in rendered:
         raise UserError(f"the chat template leaves the prompt out: it makes {rendered[:80]!r} of {prompt!r}")
-    (ids,) = _tokenize(tokenizer, [rendered])
+    (ids,) = tokenize(tokenizer, [rendered])
     bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
     if bos and ids.count(bos_id) < rendered.count(bos):
         raise UserError(f"the tokenizer does not read the BOS {bos!r} of its chat template as one token")
@@ -229,9 +230,9 @@ def check_tokenizer(tokenizer: Any, scale: ScoreScale, chat_template_kwargs: Map
     if bos and ids[:2] == [bos_id, bos_id]:
         raise UserError(f"the rendered prompt starts with the BOS {bos!r} twice: take one out of the chat template")
     for reply in (ANCHORS[0], SENTENCE + scale.labels[0]):
-        (reply_ids,) = _tokenize(tokenizer, [reply])
+        (reply_ids,) = tokenize(tokenizer, [reply])
         # SentencePiece tokenizers put a space before a text of its own, so a reply starts with one.
-        if ids + reply_ids not in _tokenize(tokenizer, [rendered + reply, f"{rendered} {reply}"]):
+        if ids + reply_ids not in tokenize(tokenizer, [rendered + reply, f"{rendered} {reply}"]):
             raise UserError(
                 f"the tokenizer joins the end of the chat template ({rendered[-12:]!r}) to the reply's first word: "
                 "take the white space at the end of its generation prompt out"

@@ -12,7 +12,7 @@ import difflib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,19 +119,25 @@ def _check_head(path: Path) -> None:
 
 def _json_lines(path: Path) -> Iterator[Record | Skipped]:
     _check_head(path)
-    problems: list[str] = []
-    decoder = _decoder(problems)
     empty = True
     with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            raw = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).strip(SPACE.encode())
-            if raw:
-                empty = False
-                problems.clear()
-                value = _decode_line(raw, decoder, problems)
-                yield _record(f"{path.name}:{number}", value, problems)
+        for record in parse_lines(file, path.name):
+            empty = False
+            yield record
     if empty:
         raise UserError(f"{path} is empty")
+
+
+def parse_lines(lines: Iterable[bytes], name: str) -> Iterator[Record | Skipped]:
+    """The record on each line that is not blank, as it comes."""
+    problems: list[str] = []
+    decoder = _decoder(problems)
+    for number, raw in enumerate(lines, 1):
+        raw = (raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).strip(SPACE.encode())
+        if raw:
+            problems.clear()
+            value = _decode_line(raw, decoder, problems)
+            yield _record(f"{name}:{number}", value, problems)
 
 
 def _decode_line(raw: bytes, decoder: json.JSONDecoder, problems: list[str]) -> Any:

@@ -1,0 +1,391 @@
+"""A trained judge: prompts in; rationale, expected score, distribution out.
+
+A judge writes a rationale; then the score sentence is forced after it and the expected score is read where the label
+would stand, from the key-value cache of the generation: the prompt is computed once. Arithmetic is in one precision,
+the judge's. Legend: S sequences, K score labels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from tract_fast.data import prompt as prompts
+from tract_fast.data.feedback import cut_rationale, has_verdict, read_label
+from tract_fast.data.scores import SENTENCE, ScoreScale, find_scale
+from tract_fast.errors import UserError
+from tract_fast.generate import Sampled, left_padded, positions, sample, take_end_tokens
+from tract_fast.model import DTYPES, load_config, load_lm, load_tokenizer, round_to
+from tract_fast.perf import slow_bfloat16
+from tract_fast.recipe import Generate, Model, Score
+from tract_fast.shard import local_device
+
+DESCRIPTION = "tract.json"
+FORMAT = 1
+FINGERPRINT_ENTRIES = 64  # of each weight
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One rationale and the score read after it."""
+
+    rationale: str
+    expected_score: float
+    distribution: tuple[float, ...]
+    """Probability of each label as the judge was trained: among the labels, or in the vocabulary."""
+    score_mass: float
+    """Vocabulary probability of all score tokens together."""
+    decoded_score: float | None
+    """The score that the sample itself ends with; teacher-forced, the likeliest label; None where it wrote none."""
+    complete: bool
+    """The sample reached its score sentence. Where it did not, it was forced after what there was."""
+    tokens: int
+    """Tokens generated."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's score of one prompt: means over its draws, and the first draw's rationale."""
+
+    score: float
+    distribution: tuple[float, ...]
+    score_mass: float
+    rationale: str
+    decoded_score: float | None
+    draws: tuple[Draw, ...]
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw]) -> Judgement:
+        """The mean over one or more draws; decoded scores that do not exist are left out."""
+        decoded = [d.decoded_score for d in draws if d.decoded_score is not None]
+        return cls(
+            score=statistics.fmean(d.expected_score for d in draws),
+            distribution=tuple(map(statistics.fmean, zip(*(d.distribution for d in draws), strict=True))),
+            score_mass=statistics.fmean(d.score_mass for d in draws),
+            rationale=draws[0].rationale,
+            decoded_score=statistics.fmean(decoded) if decoded else None,
+            draws=tuple(draws),
+        )
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``tract.json`` says besides the score tokens; the defaults are for a model that is no judge yet."""
+
+    labels: tuple[str, ...] = Score.labels
+    values: tuple[float, ...] = Score.values
+    normalize: str = "scores"
+    rationale: str = "keep"
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    prompt_template: str | None = None
+    base_model: str | None = None
+    dtype: str = "bfloat16"
+
+
+class Judge:
+    """A causal LM with a score scale, as ``export`` writes it, or any instruct model for comparison."""
+
+    def __init__(self, lm: nn.Module, tokenizer, scale: ScoreScale, about: Description):
+        self.lm, self.tokenizer, self.scale, self.about = lm.eval(), tokenizer, scale, about
+        self.ends = take_end_tokens(lm, scale.eos_id)
+        self.device = lm.get_input_embeddings().weight.device
+        self.dtype = str(lm.get_input_embeddings().weight.dtype).removeprefix("torch.")
+        self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: str = "auto", device: str | torch.device | None = None, say=lambda line: None
+    ) -> Judge:
+        """A judge from the folder that ``tract-fast export`` wrote (merged, adapter, or both in it).
+
+        Any other instruct model (folder, hub name, ``package:NAME``) is taken as a judge of scores 1 to 5. ``dtype``:
+        ``bfloat16``, ``float32``, or ``auto``: what it was trained in, or float32 on a CPU that does not multiply
+        bfloat16. ``say`` receives a line per choice made here. No code of the folder runs. Raises UserError where the
+        folder is no model, or its ``tract.json`` does not belong to its tokenizer.
+        """
+        folder = judge_folder(str(path))
+        about = read_description(folder / DESCRIPTION) if folder else None
+        if about is None:
+            say(f"{path} has no {DESCRIPTION}: taken as a judge that gives scores {', '.join(Score.labels)}")
+        found = about or Description()
+        device = torch.device(device) if device else local_device()
+        chosen, reason = choose_dtype(dtype, found.dtype, device)
+        say(f"dtype: {chosen} ({reason})")
+        adapter = folder if folder and (folder / "adapter_config.json").is_file() else None
+        source = found.base_model if adapter else str(folder or path)
+        if adapter and not source:
+            raise UserError(f"{adapter / DESCRIPTION} names no base_model for the adapter: use the merged folder")
+        model = Model(path=source, dtype=chosen)
+        caps = getattr(load_config(model).get_text_config(), "attn_logit_softcapping", None)
+        tokenizer = load_tokenizer(Model(path=str(adapter)) if adapter else model)
+        scale = find_scale(tokenizer, found.labels, found.values, rationale=found.rationale)
+        if about:
+            check_tokens(folder / DESCRIPTION, scale)
+        prompts.check_tokenizer(tokenizer, scale, found.chat_template_kwargs or {})
+        lm = load_lm(model, dtype=DTYPES[chosen], attention_name="eager" if caps else "sdpa")
+        if adapter:
+            lm = _merged(lm, adapter)
+        return cls(lm.to(device), tokenizer, scale, found)
+
+    def prompt(self, **parts: str) -> str:
+        """The judge's prompt template filled with ``orig_instruction``, ``orig_response``, ``orig_reference_answer``,
+        ``orig_criteria`` and ``orig_score1_description`` to 5. Raises UserError where it was trained on other
+        prompts."""
+        if self.about.prompt_template is None:
+            raise UserError("this judge was trained on prompts that have no template: give whole prompts")
+        missing = [name for name in prompts.PARTS if name not in parts]
+        if missing:
+            raise UserError(f"the judge's prompt needs {', '.join(missing)}")
+        return self.about.prompt_template.format_map(parts)
+
+    def render(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt inside the chat template, up to where the reply starts."""
+        rendered = [prompts.render_prompt(self.tokenizer, t, self.about.chat_template_kwargs or {}) for t in texts]
+        return prompts.tokenize(self.tokenizer, rendered)
+
+    def room(self, settings: Generate) -> int | None:
+        """Longest rendered prompt, in tokens, that leaves room for a rationale and the score; None without a limit."""
+        if self.context is None:
+            return None
+        return self.context - len(self.scale.prefix_ids) - (settings.max_new_tokens if self.writes else 0)
+
+    def obstacle(self, text: str, ids: Sequence[int], settings: Generate) -> str | None:
+        """Why this prompt, rendered as ``ids``, cannot be judged, if so."""
+        if not text.strip():
+            return "the prompt is empty"
+        room = self.room(settings)
+        if room is not None and len(ids) > room:
+            new = f" and max_new_tokens = {settings.max_new_tokens}" if self.writes else ""
+            return f"the prompt has {len(ids)} tokens; the model's context of {self.context}{new} leaves {room}"
+        return None
+
+    @property
+    def writes(self) -> bool:
+        """Whether the judge writes a rationale before its score."""
+        return self.about.rationale == "keep"
+
+    def score(
+        self, prompt: str | Sequence[str], n: int = 1, *, batch: int = 16, **settings: Any
+    ) -> Judgement | list[Judgement]:
+        """Judge one prompt, or a list of them in batches.
+
+        Args:
+            prompt: the text that the judge was trained to read, without chat template; one, or a list.
+            n: rationales per prompt; the score is the mean over them.
+            batch: sequences (prompts times ``n``) generated at a time.
+            settings: ``temperature, top_p, repetition_penalty, max_new_tokens, seed`` of ``recipe.Generate``.
+
+        Raises UserError for an empty prompt and for one longer than the model's context allows.
+        """
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        chosen = Generate(n=n, **settings)
+        ids = self.render(texts)
+        for number, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
+            if why := self.obstacle(text, tokens, chosen):
+                raise UserError(why if isinstance(prompt, str) else f"prompt {number}: {why}")
+        found: list[Judgement] = []
+        step = max(1, batch // n)
+        for i in range(0, len(texts), step):
+            found += self.judge(texts[i : i + step], ids[i : i + step], chosen)
+        return found[0] if isinstance(prompt, str) else found
+
+    def judge(self, texts: Sequence[str], ids: Sequence[Sequence[int]], settings: Generate) -> list[Judgement]:
+        """One batch: a judgement for each of ``texts``, rendered as ``ids``."""
+        if not self.writes:
+            return self.given(ids, [""] * len(ids))
+        out = sample(self.lm, self.tokenizer, texts, ids, settings, self.ends)
+        replies = [self._text(tokens) for tokens in out.tokens]
+        kept = [self._rationale_tokens(tokens, reply) for tokens, reply in zip(out.tokens, replies, strict=True)]
+        probs, mass, expected = self._read(after(out, kept, ids, settings.n, self.scale.prefix_ids), out.cache)
+        draws = [
+            Draw(
+                rationale=cut_rationale(reply),
+                expected_score=expected[s],
+                distribution=tuple(probs[s]),
+                score_mass=mass[s],
+                decoded_score=self._decoded(reply),
+                complete=has_verdict(reply),
+                tokens=len(out.tokens[s]),
+            )
+            for s, reply in enumerate(replies)
+        ]
+        return [Judgement.of(draws[i : i + settings.n]) for i in range(0, len(draws), settings.n)]
+
+    @torch.no_grad()
+    def given(self, ids: Sequence[Sequence[int]], rationales: Sequence[str]) -> list[Judgement]:
+        """One batch, teacher-forced: the score after a given rationale each; decoded is the likeliest label."""
+        tails = prompts.tokenize(self.tokenizer, list(rationales))
+        whole = [[*head, *tail, *self.scale.prefix_ids] for head, tail in zip(ids, tails, strict=True)]
+        input_ids, mask = left_padded(whole, self.device)
+        probs, mass, expected = self._read(
+            {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions(mask)}, None
+        )
+        return [
+            Judgement.of(
+                [
+                    Draw(
+                        rationale=rationale,
+                        expected_score=expected[s],
+                        distribution=tuple(probs[s]),
+                        score_mass=mass[s],
+                        decoded_score=self.scale.values[max(range(len(probs[s])), key=probs[s].__getitem__)],
+                        complete=True,
+                        tokens=0,
+                    )
+                ]
+            )
+            for s, rationale in enumerate(rationales)
+        ]
+
+    @torch.no_grad()
+    def _read(self, inputs: dict[str, Tensor], cache: DynamicCache | None) -> tuple[list, list, list]:
+        """Score probabilities (S, K), score mass (S,), expected scores (S,) at the last position of ``inputs``."""
+        out = self.lm(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        logits = out.logits[:, -1].double()
+        scores = logits[:, list(self.scale.token_ids)]
+        in_vocabulary = (scores - logits.logsumexp(-1, keepdim=True)).exp()
+        probs = scores.softmax(-1) if self.about.normalize == "scores" else in_vocabulary
+        expected = probs @ torch.tensor(self.scale.values, dtype=torch.float64, device=probs.device)
+        return probs.tolist(), in_vocabulary.sum(-1).tolist(), expected.tolist()
+
+    def _rationale_tokens(self, tokens: list[int], reply: str) -> int:
+        """How many of a sample's tokens are its rationale: as few as spell it out. What follows is forced anew."""
+        rationale = cut_rationale(reply)
+        if not rationale:
+            return 0
+        end = reply.index(rationale) + len(rationale)
+        count = len(tokens)
+        while len(self._text(tokens[: count - 1])) >= end:
+            count -= 1
+        return count
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _decoded(self, reply: str) -> float | None:
+        label = read_label(reply, self.scale.labels)
+        return None if label is None else self.scale.values[self.scale.labels.index(label)]
+
+    def fingerprint(self) -> str:
+        """A hash of entries spread over all weights, and of what else decides a score."""
+        digest = hashlib.sha256(repr((self.scale, self.about, self.dtype, self.tokenizer.chat_template)).encode())
+        for name, p in sorted(self.lm.named_parameters()):
+            flat = p.detach().flatten()
+            step = max(1, len(flat) // FINGERPRINT_ENTRIES)
+            digest.update(f"{name} {tuple(p.shape)}".encode() + flat[::step].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def after(
+    out: Sampled, kept: Sequence[int], ids: Sequence[Sequence[int]], n: int, forced: Sequence[int]
+) -> dict[str, Tensor]:
+    """Inputs that go on from ``out.cache``, which is cut to ``kept[s]`` tokens after each prompt, with ``forced``.
+
+    The last token that is kept is computed again, before the forced ones: generation leaves the last one out of the
+    cache. Every sequence's entries are moved to the end of the cache, so that positions and slots differ by a constant,
+    as layers with a window need it.
+    """
+    device = out.padding.device
+    length = out.width + torch.tensor(kept, device=device) - 1  # slots to keep, padding included
+    real = length - out.padding
+    most = int(real.max())
+    slots = (length[:, None] - most + torch.arange(most, device=device)).clamp_(min=0)  # (S, most)
+    for layer in out.cache.layers:
+        for name in ("keys", "values"):
+            x = getattr(layer, name)  # (S, heads, slots, width)
+            setattr(layer, name, x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])))
+    last = [t[k - 1] if k else ids[s // n][-1] for s, (t, k) in enumerate(zip(out.tokens, kept, strict=True))]
+    tail = torch.tensor([[token, *forced] for token in last], device=device)
+    cached = torch.arange(most, device=device) >= (most - real)[:, None]
+    return {
+        "input_ids": tail,
+        "attention_mask": torch.cat([cached.long(), torch.ones_like(tail)], dim=1),
+        "position_ids": real[:, None] + torch.arange(tail.shape[1], device=device),
+    }
+
+
+def judge_folder(path: str) -> Path | None:
+    """The folder with ``tract.json`` that ``path`` means: itself, or what ``export`` put into it; None without one.
+
+    Raises UserError where the path is that of a run.
+    """
+    folder = Path(path).expanduser()
+    for place in (folder, folder / "merged", folder / "judge", folder / "judge" / "merged"):
+        if (place / DESCRIPTION).is_file():
+            return place
+    if (folder / "checkpoints").is_dir():
+        raise UserError(f"{path} is a run without a judge: tract-fast export {path} writes it")
+    return None
+
+
+def read_description(path: Path) -> Description:
+    """A judge's ``tract.json``. Raises UserError where a field is missing, of another type, or of another version."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise UserError(f"{path} is not of format {FORMAT}, which this version reads: export the judge again")
+    kinds = {
+        "labels": (list, str),
+        "values": (list, int | float),
+        "normalize": (str, None),
+        "rationale": (str, None),
+        "chat_template_kwargs": (dict, None),
+        "prompt_template": (str | None, None),
+        "base_model": (str, None),
+        "dtype": (str, None),
+    }
+    for name, (kind, member) in kinds.items():
+        value = fields.get(name, ...)
+        if not isinstance(value, kind) or (member and not all(isinstance(x, member) for x in value)):
+            raise UserError(f"{path}: {name} is missing or not of its type: export the judge again")
+    for name, choices in (("normalize", ("scores", "vocab")), ("rationale", ("keep", "drop")), ("dtype", DTYPES)):
+        if fields[name] not in choices:
+            raise UserError(f"{path}: {name} = {fields[name]!r}: must be {' or '.join(choices)}")
+    known = {name: fields[name] for name in kinds}
+    return replace(Description(), **known | {"labels": tuple(fields["labels"]), "values": tuple(fields["values"])})
+
+
+def check_tokens(path: Path, scale: ScoreScale) -> None:
+    """Hold the tokens that ``tract.json`` names against those found with the tokenizer beside it."""
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    for name, found in (("token_ids", scale.token_ids), ("prefix_ids", scale.prefix_ids)):
+        if fields.get(name) != list(found):
+            raise UserError(f"{path}: {name} = {fields.get(name)}, but the tokenizer beside it gives {list(found)}")
+    if fields.get("score_sentence") != SENTENCE:
+        raise UserError(f"{path}: score_sentence = {fields.get('score_sentence')!r}: must be {SENTENCE!r}")
+
+
+def choose_dtype(asked: str, trained: str, device: torch.device) -> tuple[str, str]:
+    """(dtype to compute in, reason). Raises UserError where ``asked`` is none."""
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise UserError(f"dtype = {asked}: must be auto, {' or '.join(DTYPES)}")
+        return asked, "asked for"
+    if trained == "bfloat16" and slow_bfloat16(device):
+        return "float32", "this CPU has no fast bfloat16 products"
+    return trained, "as it was trained"
+
+
+def _merged(lm: nn.Module, adapter: Path) -> nn.Module:
+    """``lm`` with the adapter merged in float32 and rounded to its own dtype, as ``export`` does."""
+    from peft import PeftModel
+
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"{adapter} has no adapter_model.safetensors: other forms of weights are not read")
+    dtype = lm.dtype
+    try:
+        return round_to(PeftModel.from_pretrained(lm.float(), str(adapter)).merge_and_unload(), dtype)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{adapter}: the adapter does not fit its base model: {reason}") from error

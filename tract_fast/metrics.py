@@ -1,0 +1,88 @@
+"""How far predicted scores agree with true ones, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+
+Measure = Callable[[np.ndarray, np.ndarray], float]
+
+
+def _root_mean_square(predicted: np.ndarray, label: np.ndarray) -> float:
+    return math.sqrt(np.mean((predicted - label) ** 2))
+
+
+MEASURES: dict[str, Measure] = {
+    "pearson": lambda predicted, label: stats.pearsonr(predicted, label).statistic,
+    "spearman": lambda predicted, label: stats.spearmanr(predicted, label).statistic,
+    "kendall": lambda predicted, label: stats.kendalltau(predicted, label).statistic,  # tau-b
+    "rmse": _root_mean_square,
+    "mae": lambda predicted, label: float(np.mean(np.abs(predicted - label))),
+}
+ERRORS = ("rmse", "mae")
+
+
+def measure(name: str, predicted: np.ndarray, label: np.ndarray) -> float | None:
+    """One of MEASURES of predicted against true scores, both (n,).
+
+    A correlation of fewer than two points or with a constant is undefined, an error of none too: None.
+    """
+    if name in ERRORS:
+        defined = len(label) > 0
+    else:
+        defined = len(label) > 1 and np.ptp(predicted) > 0 and np.ptp(label) > 0
+    return float(MEASURES[name](predicted, label)) if defined else None
+
+
+def agreement(predicted: np.ndarray, label: np.ndarray) -> dict[str, float | None]:
+    """All MEASURES of predicted against true scores, both (n,); None where one is undefined."""
+    return {name: measure(name, predicted, label) for name in MEASURES}
+
+
+def with_intervals(
+    predicted: Sequence[float], label: Sequence[float], question: Sequence[str], *, seed: int = 0
+) -> dict[str, dict[str, float | None]]:
+    """``{measure: {"value", "low", "high"}}`` with 95% intervals, None where undefined.
+
+    Whole questions are drawn with replacement (judgements on one question share its answer), bias-corrected and
+    accelerated (BCa; Efron 1987), 1000 resamples. With fewer than two questions there is no interval.
+    """
+    predicted, label = np.asarray(predicted, float), np.asarray(label, float)
+    _, number = np.unique(np.asarray(question, dtype=object).astype(str), return_inverse=True)
+    members = [np.flatnonzero(number == q) for q in range(number.max(initial=-1) + 1)]
+    found = {}
+    for name in MEASURES:
+        low, high = _interval(name, predicted, label, members, seed) if len(members) > 1 else (None, None)
+        found[name] = {"value": measure(name, predicted, label), "low": low, "high": high}
+    return found
+
+
+def _interval(
+    name: str, predicted: np.ndarray, label: np.ndarray, members: list[np.ndarray], seed: int
+) -> tuple[float | None, float | None]:
+    def statistic(drawn: np.ndarray) -> float:
+        chosen = np.concatenate([members[q] for q in drawn])
+        value = measure(name, predicted[chosen], label[chosen])
+        return math.nan if value is None else value
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # no interval then, which is what is returned
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = stats.bootstrap(
+            (np.arange(len(members)),),
+            statistic,
+            vectorized=False,
+            n_resamples=RESAMPLES,
+            confidence_level=CONFIDENCE,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
+    ends = result.confidence_interval.low, result.confidence_interval.high
+    return tuple(float(end) if math.isfinite(end) else None for end in ends)

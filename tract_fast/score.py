@@ -1,0 +1,64 @@
+"""``tract-fast score``: JSON Lines in, a judgement a line out, as they come.
+
+A line has ``prompt`` (or ``instruction``), or the parts of the judge's prompt template; ``id`` is handed on. Lines are
+judged ``batch`` sequences at a time and answered in their order; one that cannot be judged is answered with ``error``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import batched
+from typing import IO, Any
+
+from tract_fast.data.records import Record, Skipped, parse_lines
+from tract_fast.errors import UserError
+from tract_fast.judge import Judge, Judgement
+from tract_fast.recipe import Generate
+
+WHOLE_PROMPT = ("prompt", "instruction")
+
+
+def run(judge: Judge, lines: Iterable[bytes], name: str, out: IO[str], settings: Generate, batch: int) -> int:
+    """Judge every line and write the answers to ``out``; returns how many could not be judged."""
+    failed = 0
+    for records in batched(parse_lines(lines, name), max(1, batch // settings.n)):
+        for answer in answers(judge, records, settings):
+            failed += "error" in answer
+            out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        out.flush()
+    return failed
+
+
+def answers(judge: Judge, records: Sequence[Record | Skipped], settings: Generate) -> Iterator[dict[str, Any]]:
+    """One answer per record, in order; those that can be judged go through the model together."""
+    prompts = [_prompt(judge, record, settings) for record in records]
+    good = [p for p in prompts if not isinstance(p, UserError)]
+    found = iter(judge.judge(good, judge.render(good), settings) if good else [])
+    for record, prompt in zip(records, prompts, strict=True):
+        own = {"id": record.fields["id"]} if isinstance(record, Record) and "id" in record.fields else {}
+        own = own or {"line": int(record.where.rpartition(":")[2])}
+        yield own | ({"error": str(prompt)} if isinstance(prompt, UserError) else _answer(next(found)))
+
+
+def _prompt(judge: Judge, record: Record | Skipped, settings: Generate) -> str | UserError:
+    """The prompt that a record holds, or what is wrong with it."""
+    if isinstance(record, Skipped):
+        return UserError(record.why)
+    whole = [record.fields[name] for name in WHOLE_PROMPT if name in record.fields]
+    try:
+        text = whole[0] if whole else judge.prompt(**record.fields)
+        if not isinstance(text, str):
+            raise UserError(f"the prompt is {text!r:.40}, not a text")
+        if why := judge.obstacle(text, judge.render([text])[0], settings):
+            raise UserError(why)
+    except UserError as error:
+        return error
+    return text
+
+
+def _answer(judgement: Judgement) -> dict[str, Any]:
+    fields = asdict(judgement)
+    draws = fields.pop("draws")
+    return fields | ({"draws": draws} if len(draws) > 1 else {"complete": draws[0]["complete"]})
