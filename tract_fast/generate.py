@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    DynamicCache,
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -29,12 +29,14 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from tract_fast.recipe import Generate
 
 # a score and what shows that it is whole; the tail of a text is enough to find it in
 SCORE_IS_WRITTEN = re.compile(r"(?:So the overall score is\s+(?:an? )?|\[RESULT\][\s:]*)\S+\s")
 TAIL = 32  # tokens
+MIN_ROOM = 64  # slots
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Sampled:
 
     tokens: list[list[int]]
     ended: list[bool]
-    cache: DynamicCache
+    cache: Cache
     padding: Tensor  # (S,) int64
     width: int  # P
 
@@ -53,6 +55,29 @@ def uniforms(seed: int, prompt: str, draw: int, count: int) -> np.ndarray:
     """``count`` numbers in [0, 1), float64, that only these arguments decide."""
     digest = hashlib.sha256(f"{seed} {draw} {prompt}".encode("utf-8", "surrogatepass")).digest()
     return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32)).random(count)
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for tokens to come: its parent copies all it holds at every token, which was 58% of a
+    step's time (SmolLM2-135M, 24 sequences of 1200 tokens, float32, two AVX2 cores). Keeps everything, windows or not.
+    """
+
+    room: tuple[Tensor, Tensor] | None = None  # (S, heads, slots, width) each; keys and values are views into them
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.get_seq_length()
+        total = held + key_states.shape[-2]
+        ours = self.room is not None and self.keys.data_ptr() == self.room[0].data_ptr()
+        if not ours or len(key_states) != len(self.room[0]) or total > self.room[0].shape[-2]:
+            slots = total + max(MIN_ROOM, total // 8)
+            self.room = tuple(x.new_empty(*x.shape[:2], slots, x.shape[3]) for x in (key_states, value_states))
+            if held:
+                self.room[0][:, :, :held], self.room[1][:, :, :held] = self.keys, self.values
+        self.room[0][:, :, held:total], self.room[1][:, :, held:total] = key_states, value_states
+        self.keys, self.values = (x[:, :, :total] for x in self.room)
+        return self.keys, self.values
 
 
 class PickByUniform(LogitsProcessor):
@@ -114,7 +139,7 @@ def sample(
     device = lm.get_input_embeddings().weight.device
     input_ids, mask = left_padded(ids, device)
     width = input_ids.shape[1]
-    cache = DynamicCache()  # without a config: layers with a window keep all, so that a reading can go back
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
     if width > 1:
         before = slice(None, width - 1)
         lm(

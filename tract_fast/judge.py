@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 
 from tract_fast.data import prompt as prompts
 from tract_fast.data.feedback import cut_rationale, has_verdict, read_label
@@ -164,8 +164,9 @@ class Judge:
             return "the prompt is empty"
         room = self.room(settings)
         if room is not None and len(ids) > room:
-            new = f" and max_new_tokens = {settings.max_new_tokens}" if self.writes else ""
-            return f"the prompt has {len(ids)} tokens; the model's context of {self.context}{new} leaves {room}"
+            new = f" with max_new_tokens = {settings.max_new_tokens}" if self.writes else ""
+            context = f"the model's context of {self.context}{new} has room for {max(0, room)}"
+            return f"the prompt has {len(ids)} tokens and {context}"
         return None
 
     @property
@@ -247,7 +248,7 @@ class Judge:
         ]
 
     @torch.no_grad()
-    def _read(self, inputs: dict[str, Tensor], cache: DynamicCache | None) -> tuple[list, list, list]:
+    def _read(self, inputs: dict[str, Tensor], cache: Cache | None) -> tuple[list, list, list]:
         """Score probabilities (S, K), score mass (S,), expected scores (S,) at the last position of ``inputs``."""
         out = self.lm(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
         logits = out.logits[:, -1].double()

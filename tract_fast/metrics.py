@@ -15,13 +15,17 @@ RESAMPLES = 1000
 Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
+def _pearson(predicted: np.ndarray, label: np.ndarray) -> float:
+    return np.corrcoef(predicted, label)[0, 1]  # scipy's adds a p-value and takes four times as long
+
+
 def _root_mean_square(predicted: np.ndarray, label: np.ndarray) -> float:
     return math.sqrt(np.mean((predicted - label) ** 2))
 
 
 MEASURES: dict[str, Measure] = {
-    "pearson": lambda predicted, label: stats.pearsonr(predicted, label).statistic,
-    "spearman": lambda predicted, label: stats.spearmanr(predicted, label).statistic,
+    "pearson": _pearson,
+    "spearman": lambda predicted, label: _pearson(stats.rankdata(predicted), stats.rankdata(label)),
     "kendall": lambda predicted, label: stats.kendalltau(predicted, label).statistic,  # tau-b
     "rmse": _root_mean_square,
     "mae": lambda predicted, label: float(np.mean(np.abs(predicted - label))),
@@ -59,14 +63,22 @@ def with_intervals(
     members = [np.flatnonzero(number == q) for q in range(number.max(initial=-1) + 1)]
     found = {}
     for name in MEASURES:
-        low, high = _interval(name, predicted, label, members, seed) if len(members) > 1 else (None, None)
+        low, high = interval(name, predicted, label, members, seed=seed) if len(members) > 1 else (None, None)
         found[name] = {"value": measure(name, predicted, label), "low": low, "high": high}
     return found
 
 
-def _interval(
-    name: str, predicted: np.ndarray, label: np.ndarray, members: list[np.ndarray], seed: int
+def interval(
+    name: str,
+    predicted: np.ndarray,
+    label: np.ndarray,
+    members: list[np.ndarray],
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
 ) -> tuple[float | None, float | None]:
+    """The 95% interval of one measure; ``members[q]`` are the indices of the judgements on question q."""
+
     def statistic(drawn: np.ndarray) -> float:
         chosen = np.concatenate([members[q] for q in drawn])
         value = measure(name, predicted[chosen], label[chosen])
@@ -79,7 +91,7 @@ def _interval(
             (np.arange(len(members)),),
             statistic,
             vectorized=False,
-            n_resamples=RESAMPLES,
+            n_resamples=resamples,
             confidence_level=CONFIDENCE,
             method="BCa",
             rng=np.random.default_rng(seed),

@@ -1,0 +1,363 @@
+"""A judge: what it writes, and that its score is what the model says after what it wrote."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings as profile, strategies as st
+
+from tests.tiny import tiny_tokenizer
+from tests.tiny_models import FAMILIES, tiny_lm
+from tests.tiny_runs import tiny_recipe
+from tract_fast import checkpoint, train
+from tract_fast.data import prompt as prompts
+from tract_fast.data.scores import find_scale
+from tract_fast.errors import UserError
+from tract_fast.generate import PickByUniform, sample, uniforms
+from tract_fast.judge import Description, Draw, Judge, Judgement
+from tract_fast.prepare import prepare
+from tract_fast.recipe import Generate
+from tract_fast.shard import start_ranks
+
+TEXTS = ["Is the reply kind?", "The reply is curt, it misses the point. Is the reply kind?", "Why?"]
+SHORT = Generate(max_new_tokens=12)
+
+
+def random_judge(family: str = "llama", **about) -> Judge:
+    tokenizer = tiny_tokenizer()
+    found = replace(Description(), **about)
+    scale = find_scale(tokenizer, found.labels, found.values, rationale=found.rationale)
+    lm = tiny_lm(family, vocabulary=len(tokenizer) + 3)
+    lm.set_attn_implementation("eager")
+    return Judge(lm, tokenizer, scale, found)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of a tiny model that has learnt to end its rationales with the score sentence."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = tiny_recipe(folder, train__max_steps=90, train__lr=1e-2, train__batch=8, data__holdout=0.25)
+    assert train.run(recipe) == 0
+    checkpoint.export(Path(recipe.run.dir))
+    return Path(recipe.run.dir)
+
+
+def alone(judge: Judge, ids: list[int], rationale: list[int]) -> tuple[list[float], float]:
+    """(probability of each label in the vocabulary, of all labels) by a plain forward pass over one sequence."""
+    whole = torch.tensor([[*ids, *rationale, *judge.scale.prefix_ids]])
+    with torch.no_grad():
+        probs = judge.lm(whole, use_cache=False).logits[0, -1].double().softmax(-1)[list(judge.scale.token_ids)]
+    return probs.tolist(), probs.sum().item()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_from_the_cache_is_that_of_a_pass_over_the_whole_text(family, n):
+    judge = random_judge(family)
+    settings = replace(SHORT, n=n)
+    ids = judge.render(TEXTS)
+    out = sample(judge.lm, judge.tokenizer, TEXTS, ids, settings, judge.ends)
+    for b, judgement in enumerate(judge.judge(TEXTS, ids, settings)):
+        for draw, written in zip(judgement.draws, out.tokens[b * n : (b + 1) * n], strict=True):
+            kept = judge._rationale_tokens(written, judge._text(written))
+            probs, mass = alone(judge, ids[b], written[:kept])
+            assert draw.score_mass == pytest.approx(mass, rel=2e-3)
+            np.testing.assert_allclose(draw.distribution, np.array(probs) / mass, rtol=2e-3)
+            assert draw.expected_score == pytest.approx(np.dot(judge.scale.values, probs) / mass, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@profile(max_examples=12)
+@given(cuts=st.lists(st.integers(0, 12), min_size=3, max_size=3))
+def test_score_after_any_part_of_what_was_written(family, cuts):
+    judge = random_judge(family)
+    ids = judge.render(TEXTS)
+    out = sample(judge.lm, judge.tokenizer, TEXTS, ids, SHORT, judge.ends)
+    kept = [min(cut, len(tokens)) for cut, tokens in zip(cuts, out.tokens, strict=True)]
+    from tract_fast.judge import after
+
+    probs, mass, _ = judge._read(after(out, kept, ids, 1, judge.scale.prefix_ids), out.cache)
+    for b in range(3):
+        want, total = alone(judge, ids[b], out.tokens[b][: kept[b]])
+        assert mass[b] == pytest.approx(total, rel=2e-3)
+        np.testing.assert_allclose(probs[b], np.array(want) / total, rtol=2e-3)
+
+
+def naive(judge: Judge, ids: list[int], settings: Generate, text: str, draw: int) -> list[int]:
+    """Sampling as one would write it for one sequence: no cache, no batch, no library."""
+    written: list[int] = []
+    numbers = uniforms(settings.seed, text, draw, settings.max_new_tokens)
+    for step in range(settings.max_new_tokens):
+        with torch.no_grad():
+            z = judge.lm(torch.tensor([ids + written]), use_cache=False).logits[0, -1].double().numpy()
+        seen = list(set(ids + written))
+        z[seen] = np.where(z[seen] > 0, z[seen] / settings.repetition_penalty, z[seen] * settings.repetition_penalty)
+        if settings.temperature == 0:
+            token = int(z.argmax())
+        else:
+            p = np.exp((z - z.max()) / settings.temperature)
+            p /= p.sum()
+            order = np.argsort(-p, kind="stable")
+            keep = order[: 1 + int(np.searchsorted(np.cumsum(p[order]), settings.top_p))]
+            q = np.zeros_like(p)
+            q[keep] = p[keep]
+            token = int(np.searchsorted(np.cumsum(q), numbers[step] * q.sum(), side="right"))
+        if token in judge.ends:
+            break
+        written.append(token)
+    return written
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Generate(temperature=0, repetition_penalty=1.3, max_new_tokens=12),
+        Generate(n=2, temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12),
+        Generate(n=2, temperature=0.7, top_p=0.8, repetition_penalty=1.2, max_new_tokens=12),
+    ],
+)
+def test_samples_are_those_of_plain_sampling(settings):
+    judge = random_judge()
+    ids = judge.render(TEXTS)
+    out = sample(judge.lm, judge.tokenizer, TEXTS, ids, settings, judge.ends)
+    want = [naive(judge, ids[b], settings, TEXTS[b], draw) for b in range(3) for draw in range(settings.n)]
+    assert out.tokens == want
+
+
+def test_sample_depends_on_prompt_draw_and_seed_alone():
+    judge = random_judge()
+    apart = [judge.score(text, n=2, max_new_tokens=12) for text in TEXTS]
+    together = judge.score(TEXTS, n=2, max_new_tokens=12)
+    backwards = judge.score(TEXTS[::-1], n=2, max_new_tokens=12, batch=2)[::-1]
+    rationales = lambda found: [[d.rationale for d in j.draws] for j in found]  # noqa: E731
+    assert rationales(apart) == rationales(together) == rationales(backwards)
+    assert len({d.rationale for j in together for d in j.draws}) == 6
+    assert rationales(judge.score(TEXTS, n=2, max_new_tokens=12, seed=7)) != rationales(together)
+
+
+@given(seed=st.integers(0, 10**6), size=st.integers(2, 40))
+def test_token_is_where_the_cumulative_distribution_passes_the_number(seed, size):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 4, size)
+    logits[rng.random(size) < 0.3] = -np.inf
+    logits[rng.integers(size)] = 1.0
+    number = rng.random()
+    pick = PickByUniform(torch.tensor([[number]], dtype=torch.float64), 1)
+    chosen = pick(torch.zeros(1, 1, dtype=torch.long), torch.tensor(logits)[None]).argmax().item()
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    assert p[chosen] > 0
+    assert p[:chosen].sum() <= number + 1e-12
+    assert number <= p[: chosen + 1].sum() + 1e-12
+
+
+def test_the_models_own_generation_settings_do_not_reach_the_samples():
+    plain, odd = random_judge(), random_judge()
+    odd.lm.generation_config.update(top_k=1, repetition_penalty=9.0, no_repeat_ngram_size=1, suppress_tokens=[40])
+    odd = Judge(odd.lm, odd.tokenizer, odd.scale, odd.about)
+    assert odd.score(TEXTS, max_new_tokens=12) == plain.score(TEXTS, max_new_tokens=12)
+
+
+def test_another_end_token_of_the_model_ends_a_rationale():
+    judge = random_judge()
+    (tokens,) = sample(judge.lm, judge.tokenizer, TEXTS[:1], judge.render(TEXTS[:1]), SHORT, judge.ends).tokens
+    judge.lm.generation_config.eos_token_id = [judge.scale.eos_id, tokens[4]]
+    again = Judge(judge.lm, judge.tokenizer, judge.scale, judge.about)
+    out = sample(again.lm, again.tokenizer, TEXTS[:1], again.render(TEXTS[:1]), SHORT, again.ends)
+    assert out.tokens == [tokens[: tokens.index(tokens[4])]]
+    assert out.ended == [True]
+
+
+def test_trained_judge_writes_rationale_sentence_and_score(trained):
+    judge = Judge.from_pretrained(trained)
+    prompt = "Question 3: the reply is kind?"
+    found = judge.score(prompt, n=4, max_new_tokens=60)
+    assert isinstance(found, Judgement)
+    assert sum(d.complete for d in found.draws) >= 3
+    for draw in found.draws:
+        assert "So the overall" not in draw.rationale
+        assert sum(draw.distribution) == pytest.approx(1)
+        if draw.complete:
+            assert draw.decoded_score in judge.scale.values
+            assert draw.score_mass > 0.5
+            assert draw.tokens < 60
+    assert found.score == pytest.approx(np.mean([d.expected_score for d in found.draws]))
+    assert found.rationale == found.draws[0].rationale
+
+
+def test_text_after_the_score_is_neither_waited_for_nor_read(trained):
+    judge = Judge.from_pretrained(trained)
+    judge.ends = [judge.ends[0] + 1]  # a token that is never written, so that only the score can end a sample
+    (found,) = judge.score(["Question 3: the reply is kind?"], max_new_tokens=80, temperature=0)
+    assert found.draws[0].complete
+    assert found.draws[0].tokens < 80
+    assert found.decoded_score is not None
+
+
+def test_forcing_where_the_sentence_never_came():
+    judge = random_judge()
+    found = judge.score(TEXTS, max_new_tokens=1)
+    assert [d.complete for j in found for d in j.draws] == [False] * 3
+    assert [j.decoded_score for j in found] == [None] * 3
+    assert all(1 <= j.score <= 5 for j in found)
+
+
+def test_given_rationales_score_as_in_training(trained):
+    from tract_fast import recipe as recipes
+    from tract_fast.evaluate import teacher_forced
+    from tract_fast.train import assemble
+
+    recipe = recipes.load(trained / "recipe.yaml", [])
+    judge = Judge.from_pretrained(trained / "judge")
+    data = prepare(recipe, lambda line: None)
+    with start_ranks() as ranks:
+        job = assemble(recipe, ranks, data, lambda line: None)
+        checkpoint.load(checkpoint.latest(trained), job.model, job.optimizer)
+        in_training = teacher_forced(job.model, data.held_out, recipe, ranks)
+    tails = [list(e.ids[e.prompt_len : len(e.ids) - len(judge.scale.prefix_ids) - 2]) for e in data.held_out]
+    found = judge.given([list(e.ids[: e.prompt_len]) for e in data.held_out], [judge._text(t) for t in tails])
+    error = np.array([j.score for j in found]) - [e.score for e in data.held_out]
+    assert np.sqrt(np.mean(error**2)) == pytest.approx(in_training["rmse"], rel=1e-4)
+    assert np.mean([j.score_mass for j in found]) == pytest.approx(in_training["score_mass"], rel=1e-4)
+    best = [max(range(5), key=j.distribution.__getitem__) + 1.0 for j in found]
+    assert [j.decoded_score for j in found] == best
+
+
+def test_vocabulary_probabilities_are_not_normalised():
+    judge, plain = random_judge(normalize="vocab"), random_judge()
+    for a, b in zip(judge.score(TEXTS, max_new_tokens=5), plain.score(TEXTS, max_new_tokens=5), strict=True):
+        assert sum(a.distribution) == pytest.approx(a.score_mass)
+        assert a.score == pytest.approx(b.score * b.score_mass)
+
+
+def test_judge_without_rationales_scores_at_once():
+    judge = random_judge(rationale="drop")
+    found = judge.score(TEXTS, n=1)
+    for judgement, ids in zip(found, judge.render(TEXTS), strict=True):
+        _, mass = alone(judge, ids, [])
+        assert judgement.score_mass == pytest.approx(mass, rel=1e-4)
+        assert judgement.rationale == ""
+        assert judgement.draws[0].tokens == 0
+
+
+def test_adapter_and_merged_folder_are_the_same_judge(tmp_path):
+    recipe = tiny_recipe(tmp_path, train__max_steps=3, train__lr=1e-2)
+    recipe = replace(recipe, lora=replace(recipe.lora, rank=4))
+    train.run(recipe)
+    out = checkpoint.export(Path(recipe.run.dir))
+    merged, adapter = (Judge.from_pretrained(out / part) for part in ("merged", "adapter"))
+    for a, b in zip(merged.score(TEXTS, max_new_tokens=8), adapter.score(TEXTS, max_new_tokens=8), strict=True):
+        assert a.rationale == b.rationale
+        assert a.score == pytest.approx(b.score, rel=1e-5)
+    (out / "adapter" / "adapter_model.safetensors").rename(out / "adapter" / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"has no adapter_model.safetensors"):
+        Judge.from_pretrained(out / "adapter")
+
+
+def test_folder_works_alone_and_elsewhere(trained, tmp_path):
+    here = shutil.copytree(trained / "judge", tmp_path / "judge")
+    found = [Judge.from_pretrained(path).score(TEXTS, max_new_tokens=20) for path in (here, trained, str(here))]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": 2}, "is not of format 1"),
+        ({"labels": "12345"}, "labels is missing or not of its type"),
+        ({"values": ["1", "2", "3", "4", "5"]}, "values is missing or not of its type"),
+        ({"values": [1, 2]}, "score.labels"),
+        ({"normalize": "softmax"}, "must be scores or vocab"),
+        ({"token_ids": [1, 2, 3, 4, 5]}, "but the tokenizer beside it gives"),
+        ({"prefix_ids": []}, "but the tokenizer beside it gives"),
+        ({"score_sentence": "Score: "}, "must be 'So the overall score is '"),
+        ({"dtype": "float16"}, "must be bfloat16 or float32"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "is decided by tract_fast"),
+    ],
+)
+def test_description_that_does_not_fit_is_refused(trained, tmp_path, change, message):
+    folder = shutil.copytree(trained / "judge", tmp_path / "judge")
+    about = json.loads((folder / "tract.json").read_text())
+    (folder / "tract.json").write_text(json.dumps(about | change))
+    with pytest.raises(UserError, match=message):
+        Judge.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"format": 1}'])
+def test_broken_description_is_named(trained, tmp_path, text):
+    folder = shutil.copytree(trained / "judge", tmp_path / "judge")
+    (folder / "tract.json").write_text(text)
+    with pytest.raises(UserError, match=r"tract.json"):
+        Judge.from_pretrained(folder)
+
+
+def test_run_without_export_and_no_folder_are_told_apart(trained, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"is a run without a judge: tract-fast export"):
+        Judge.from_pretrained(tmp_path / "run")
+    with pytest.raises(UserError, match=r"no such folder"):
+        Judge.from_pretrained(tmp_path / "nowhere")
+    told = []
+    shutil.copytree(trained / "judge", tmp_path / "plain").joinpath("tract.json").unlink()
+    Judge.from_pretrained(tmp_path / "plain", say=told.append)
+    assert "taken as a judge that gives scores 1, 2, 3, 4, 5" in told[0]
+    with pytest.raises(UserError, match=r"dtype = float16: must be auto"):
+        Judge.from_pretrained(trained, dtype="float16")
+
+
+def test_prompts_that_cannot_be_judged_are_refused_before_the_model_runs():
+    judge = random_judge()
+    with pytest.raises(UserError, match=r"^the prompt is empty"):
+        judge.score("  \n")
+    with pytest.raises(UserError, match=r"^prompt 1: the prompt is empty"):
+        judge.score([TEXTS[0], ""], max_new_tokens=12)
+    long = "the reply is kind " * 200
+    with pytest.raises(UserError, match=r"tokens; the model's context of 512 with max_new_tokens = 30 has room for 4"):
+        judge.score(long, max_new_tokens=30)
+    room = judge.room(SHORT)
+    text = next(t for k in range(1, 300) if len(judge.render([t := "kind " * k])[0]) >= room)
+    short = text[: len(text) - 5 * (len(judge.render([text])[0]) - room)]
+    assert len(judge.render([short])[0]) <= room
+    assert judge.score(short, max_new_tokens=SHORT.max_new_tokens).score_mass > 0
+
+
+def test_template_is_filled_and_its_parts_are_asked_for():
+    judge = random_judge(prompt_template=prompts.TEMPLATE)
+    parts = {name: name for name in prompts.PARTS}
+    assert judge.prompt(**parts) == prompts.fill_template(parts)
+    with pytest.raises(UserError, match=r"needs orig_criteria"):
+        judge.prompt(**{name: "x" for name in prompts.PARTS if name != "orig_criteria"})
+    with pytest.raises(UserError, match=r"have no template"):
+        random_judge().prompt(**parts)
+
+
+def test_mean_over_draws():
+    draw = Draw("a", 2.0, (0.5, 0.5), 0.8, None, False, 3)
+    both = Judgement.of([draw, Draw("b", 4.0, (0.1, 0.9), 0.4, 5.0, True, 4)])
+    assert (both.score, both.score_mass, both.rationale, both.decoded_score) == (3.0, pytest.approx(0.6), "a", 5.0)
+    assert both.distribution == pytest.approx((0.3, 0.7))
+    assert Judgement.of([draw]).decoded_score is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"n": 0}, "generate.n = 0"),
+        ({"temperature": -1.0}, "generate.temperature"),
+        ({"top_p": 0.0}, "generate.top_p"),
+        ({"top_p": 1.5}, "generate.top_p"),
+        ({"repetition_penalty": 0.0}, "generate.repetition_penalty"),
+        ({"max_new_tokens": 0}, "generate.max_new_tokens"),
+        ({"seed": -1}, "generate.seed"),
+        ({"n": 2, "temperature": 0.0}, "generate.n = 2: must be 1 at temperature 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(setting, message):
+    with pytest.raises(UserError, match=message):
+        Generate(**setting)

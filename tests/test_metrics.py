@@ -1,0 +1,81 @@
+"""Agreement of predicted and true scores: scipy's numbers, and intervals that cover what they say."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies as st
+from scipy import stats
+
+from tract_fast import metrics
+from tract_fast.metrics import MEASURES, agreement, with_intervals
+
+SCORES = st.lists(st.tuples(st.integers(10, 50), st.integers(1, 5)), min_size=3, max_size=30)
+
+
+@given(SCORES)
+def test_measures_are_those_of_scipy(pairs):
+    predicted, label = np.array(pairs, dtype=float).T
+    found = agreement(predicted / 10, label)
+    constant = np.ptp(predicted) == 0 or np.ptp(label) == 0
+    for name, of in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr), ("kendall", stats.kendalltau)):
+        assert found[name] == (None if constant else pytest.approx(of(predicted / 10, label)[0], abs=1e-12))
+    error = predicted / 10 - label
+    assert found["rmse"] == pytest.approx(math.sqrt((error**2).mean()))
+    assert found["mae"] == pytest.approx(np.abs(error).mean())
+
+
+def test_nothing_is_claimed_where_nothing_is_defined():
+    assert set(agreement(np.array([]), np.array([])).values()) == {None}
+    one = agreement(np.array([2.0]), np.array([3.0]))
+    assert (one["pearson"], one["kendall"], one["mae"]) == (None, None, 1.0)
+    found = with_intervals([], [], [])
+    assert found == {name: {"value": None, "low": None, "high": None} for name in MEASURES}
+    same_question = with_intervals([1.0, 2.0, 4.0], [1, 3, 5], ["q"] * 3)
+    assert same_question["pearson"]["value"] > 0.9
+    assert same_question["pearson"]["low"] is None
+
+
+def test_interval_of_a_perfect_judge_is_no_error():
+    found = with_intervals([1.0, 2.0, 3.0, 4.0], [1, 2, 3, 4], list("abcd"))
+    assert found["mae"] == {"value": 0.0, "low": None, "high": None}  # every resample is the same
+
+
+def test_intervals_hold_the_value_and_are_the_same_each_time():
+    rng = np.random.default_rng(0)
+    label = rng.integers(1, 6, 60).astype(float)
+    predicted = label + rng.normal(size=60)
+    question = [f"q{i // 3}" for i in range(60)]
+    found = with_intervals(predicted, label, question)
+    assert found == with_intervals(predicted, label, question)
+    for each in found.values():
+        assert each["low"] < each["value"] < each["high"]
+    assert found != with_intervals(predicted, label, question, seed=1)
+
+
+def test_questions_are_drawn_whole():
+    """Judgements that repeat their question say nothing new: the interval is that of the questions."""
+    rng = np.random.default_rng(1)
+    label = rng.integers(1, 6, 40).astype(float)
+    predicted = label + rng.normal(size=40)
+    once = with_intervals(predicted, label, [str(i) for i in range(40)])
+    repeated = with_intervals(
+        np.repeat(predicted, 5), np.repeat(label, 5), [str(i) for i in range(40) for _ in range(5)]
+    )
+    apart = with_intervals(np.repeat(predicted, 5), np.repeat(label, 5), [str(i) for i in range(200)])
+    width = lambda found: found["mae"]["high"] - found["mae"]["low"]  # noqa: E731
+    assert width(repeated) == pytest.approx(width(once), rel=0.05)
+    assert width(apart) < 0.6 * width(once)
+
+
+@pytest.mark.parametrize(("name", "trials"), [("pearson", 400), ("mae", 400)])
+def test_intervals_cover_about_as_often_as_they_say(name, trials):
+    """40 questions of 4 judgements, errors shared within a question; 95% +- 3 standard errors of the simulation.
+    More trials, all measures: ``python -m tests.coverage``."""
+    from tests.coverage import coverage
+
+    share = coverage(name, trials=trials, questions=40, resamples=200)
+    allowed = 3 * math.sqrt(0.95 * 0.05 / trials) + 0.01  # the resamples are few here
+    assert abs(share - metrics.CONFIDENCE) < allowed
