@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_judge import trained  # noqa: F401  the fixture
 from tract_fast import cli, evaluate
 from tract_fast.data.feedback import Example, cut_rationale, has_verdict, read_label
 from tract_fast.errors import UserError
@@ -34,7 +33,7 @@ def data_of(run: Path) -> Source:
 
 
 @pytest.fixture(scope="module")
-def done(trained, tmp_path_factory) -> Path:  # noqa: F811
+def done(trained, tmp_path_factory) -> Path:
     """A finished evaluation with two draws a prompt."""
     out = tmp_path_factory.mktemp("evaluation")
     evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
@@ -61,7 +60,7 @@ def test_predictions_and_metrics_say_the_same(done):
 
 
 @pytest.mark.parametrize("part", [0.0, 0.15, 0.4, 0.62, 0.97])
-def test_stopped_anywhere_it_goes_on_to_the_same_bytes(trained, done, tmp_path, part, monkeypatch):  # noqa: F811
+def test_stopped_anywhere_it_goes_on_to_the_same_bytes(trained, done, tmp_path, part, monkeypatch):
     whole = (done / "predictions.jsonl").read_bytes()
     out = shutil.copytree(done, tmp_path / "out")
     (out / "metrics.json").unlink()
@@ -75,7 +74,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(trained, done, tmp_path, 
     assert len(judged) == {0.0: 3, 0.97: 1}.get(part, len(judged))
 
 
-def test_killed_between_batches_it_goes_on_to_the_same_bytes(trained, done, tmp_path, monkeypatch):  # noqa: F811
+def test_killed_between_batches_it_goes_on_to_the_same_bytes(trained, done, tmp_path, monkeypatch):
     calls = []
     judge = Judge.judge
 
@@ -101,7 +100,7 @@ def test_killed_between_batches_it_goes_on_to_the_same_bytes(trained, done, tmp_
         ({"teacher_forced": True}, "rationales"),
     ],
 )
-def test_other_settings_need_another_folder(trained, done, changes, key):  # noqa: F811
+def test_other_settings_need_another_folder(trained, done, changes, key):
     settings = changes.pop("settings", SHORT)
     before = (done / "predictions.jsonl").read_bytes()
     with pytest.raises(UserError, match=rf"holds an evaluation with {key} = .*: give another --out"):
@@ -109,7 +108,7 @@ def test_other_settings_need_another_folder(trained, done, changes, key):  # noq
     assert (done / "predictions.jsonl").read_bytes() == before
 
 
-def test_another_judge_or_other_data_need_another_folder(trained, done, tmp_path):  # noqa: F811
+def test_another_judge_or_other_data_need_another_folder(trained, done, tmp_path):
     plain = shutil.copytree(trained / "judge", tmp_path / "judge")
     about = json.loads((plain / "tract.json").read_text())
     (plain / "tract.json").write_text(json.dumps(about | {"normalize": "vocab"}))
@@ -119,7 +118,7 @@ def test_another_judge_or_other_data_need_another_folder(trained, done, tmp_path
         evaluate.run(str(trained), Source(data=str(trained.parent / "data.jsonl")), done, SHORT, batch=4, say=quiet)
 
 
-def test_teacher_forced_scores_each_rationale(trained, tmp_path):  # noqa: F811
+def test_teacher_forced_scores_each_rationale(trained, tmp_path):
     found = evaluate.run(str(trained), data_of(trained), tmp_path, SHORT, teacher_forced=True, batch=4, say=quiet)
     assert found["rationales"] == "given"
     assert (found["n"], found["draws"], found["no_score_sentence"]) == (6, 6, 0)
@@ -127,7 +126,7 @@ def test_teacher_forced_scores_each_rationale(trained, tmp_path):  # noqa: F811
     assert found["generate"] is None
 
 
-def test_broken_prediction_lines_are_named(trained, done, tmp_path):  # noqa: F811
+def test_broken_prediction_lines_are_named(trained, done, tmp_path):
     out = shutil.copytree(done, tmp_path / "out")
     lines = (out / "predictions.jsonl").read_text().splitlines()
     (out / "predictions.jsonl").write_text("\n".join([lines[0], "[1]", *lines[1:]]))
@@ -135,7 +134,7 @@ def test_broken_prediction_lines_are_named(trained, done, tmp_path):  # noqa: F8
         evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
 
 
-def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):  # noqa: F811
+def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):
     data = tmp_path / "data.jsonl"
     good = {"prompt": "Is the reply kind?", "score": 4}
     data.write_text(
@@ -224,7 +223,7 @@ def test_score_that_an_output_ends_with(text, label, reached):
     assert cut_rationale(text) == ("" if not text else "Good." if reached else text)
 
 
-def test_command(trained, tmp_path, capsys):  # noqa: F811
+def test_command(trained, tmp_path, capsys):
     words = ["evaluate", str(trained), str(trained.parent / "data.jsonl"), "--holdout", "0.25", "--n", "2"]
     words += ["--max-new-tokens", "40", "--batch", "4", "--out", str(tmp_path / "out"), "--limit", "3"]
     assert cli.main(words) == 0

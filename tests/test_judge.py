@@ -12,40 +12,20 @@ import pytest
 import torch
 from hypothesis import given, settings as profile, strategies as st
 
-from tests.tiny import tiny_tokenizer
-from tests.tiny_models import FAMILIES, tiny_lm
+from tests.tiny_judges import random_judge
+from tests.tiny_models import FAMILIES
 from tests.tiny_runs import tiny_recipe
 from tract_fast import checkpoint, train
 from tract_fast.data import prompt as prompts
-from tract_fast.data.scores import find_scale
 from tract_fast.errors import UserError
 from tract_fast.generate import PickByUniform, sample, uniforms
-from tract_fast.judge import Description, Draw, Judge, Judgement
+from tract_fast.judge import Draw, Judge, Judgement, after
 from tract_fast.prepare import prepare
 from tract_fast.recipe import Generate
 from tract_fast.shard import start_ranks
 
 TEXTS = ["Is the reply kind?", "The reply is curt, it misses the point. Is the reply kind?", "Why?"]
 SHORT = Generate(max_new_tokens=12)
-
-
-def random_judge(family: str = "llama", **about) -> Judge:
-    tokenizer = tiny_tokenizer()
-    found = replace(Description(), **about)
-    scale = find_scale(tokenizer, found.labels, found.values, rationale=found.rationale)
-    lm = tiny_lm(family, vocabulary=len(tokenizer) + 3)
-    lm.set_attn_implementation("eager")
-    return Judge(lm, tokenizer, scale, found)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A run of a tiny model that has learnt to end its rationales with the score sentence."""
-    folder = tmp_path_factory.mktemp("trained")
-    recipe = tiny_recipe(folder, train__max_steps=90, train__lr=1e-2, train__batch=8, data__holdout=0.25)
-    assert train.run(recipe) == 0
-    checkpoint.export(Path(recipe.run.dir))
-    return Path(recipe.run.dir)
 
 
 def alone(judge: Judge, ids: list[int], rationale: list[int]) -> tuple[list[float], float]:
@@ -80,8 +60,6 @@ def test_score_after_any_part_of_what_was_written(family, cuts):
     ids = judge.render(TEXTS)
     out = sample(judge.lm, judge.tokenizer, TEXTS, ids, SHORT, judge.ends)
     kept = [min(cut, len(tokens)) for cut, tokens in zip(cuts, out.tokens, strict=True)]
-    from tract_fast.judge import after
-
     probs, mass, _ = judge._read(after(out, kept, ids, 1, judge.scale.prefix_ids), out.cache)
     for b in range(3):
         want, total = alone(judge, ids[b], out.tokens[b][: kept[b]])
@@ -318,13 +296,12 @@ def test_prompts_that_cannot_be_judged_are_refused_before_the_model_runs():
     with pytest.raises(UserError, match=r"^prompt 1: the prompt is empty"):
         judge.score([TEXTS[0], ""], max_new_tokens=12)
     long = "the reply is kind " * 200
-    with pytest.raises(UserError, match=r"tokens; the model's context of 512 with max_new_tokens = 30 has room for 4"):
+    with pytest.raises(UserError, match=r"819 tokens and .* context of 512 with max_new_tokens = 30 has room for 476"):
         judge.score(long, max_new_tokens=30)
-    room = judge.room(SHORT)
-    text = next(t for k in range(1, 300) if len(judge.render([t := "kind " * k])[0]) >= room)
-    short = text[: len(text) - 5 * (len(judge.render([text])[0]) - room)]
-    assert len(judge.render([short])[0]) <= room
-    assert judge.score(short, max_new_tokens=SHORT.max_new_tokens).score_mass > 0
+    fits = max((t for k in range(200, 600) if len(judge.render([t := "kind " * k])[0]) <= judge.room(SHORT)), key=len)
+    assert judge.score(fits, max_new_tokens=SHORT.max_new_tokens).score_mass > 0
+    with pytest.raises(UserError, match=r"has room for 494"):
+        judge.score(fits + "kind kind kind kind", max_new_tokens=SHORT.max_new_tokens)
 
 
 def test_template_is_filled_and_its_parts_are_asked_for():

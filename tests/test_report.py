@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from tests.tiny_runs import save_model, write_data
-from tract_fast import demo, report
+from tract_fast import demo, evaluate, report
 from tract_fast.errors import UserError
 from tract_fast.report import plot_curves, read_metrics
 
@@ -123,12 +123,21 @@ def test_what_is_no_metrics_file_is_named(tmp_path: Path):
         read_metrics(tmp_path / "notes.txt")
 
 
-def test_demo_table_shows_first_and_last_evaluation():
-    evaluations = [eval_line(s, pearson=p, ce=c)["eval"] for s, p, c in ((0, None, 3.0), (8, 0.6, 2.0), (16, 0.9, 1.0))]
-    table = demo.table(evaluations)
-    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
-    assert rows[0][:3] == ("Pearson r", "undefined", "0.900")
-    assert rows[2][1:3] == ("3.000", "1.000")
+def test_demo_table_shows_generated_and_given_rationales_before_and_after():
+    rows = [{"id": str(i), "question": str(i), "label": float(i), "expected_score": float(i)} for i in range(1, 4)]
+    rows = [r | {"decoded_score": None, "complete": i > 0, "score_mass": 0.25} for i, r in enumerate(rows)]
+    before = evaluate.summary([r | {"expected_score": 3.0} for r in rows])
+    given = [eval_line(s, pearson=p, rmse=e)["eval"] for s, p, e in ((0, None, 3.0), (16, 0.9, 1.0))]
+    table = demo.table(before, evaluate.summary(rows), *given)
+    cells = {name: rest for name, *rest in zip(*(list(c.cells) for c in table.columns), strict=True)}
+    assert cells["RAIL, pearson"][0] == "undefined"
+    assert cells["RAIL, pearson"][1].startswith("1.000")
+    assert cells["RAIL, mae"][0].startswith("1.000 [")
+    assert cells["decoded, pearson"] == ["undefined", "undefined"]
+    assert cells["rationales without a score sentence"] == ["1 of 3", "1 of 3"]
+    assert cells["probability on score tokens"] == ["0.250", "0.250"]
+    assert cells["teacher-forced (easier): pearson"] == ["undefined", "0.900"]
+    assert cells["teacher-forced (easier): rmse"] == ["3.000", "1.000"]
 
 
 def test_demo_names_what_to_install(tmp_path: Path, monkeypatch):
@@ -153,11 +162,13 @@ def test_demo_trains_shows_and_shows_again(tmp_path: Path, monkeypatch, capsys):
     assert demo.run(run_dir) == 0
     again = capsys.readouterr().out
     for shown in (first, again):
-        assert "6 held-out judgements" in shown and "Pearson r" in shown
+        assert "6 held-out prompts" in shown and "RAIL, pearson" in shown
+        assert shown.count("true score") == 2 and shown.count("expected score") == 2
+        assert f"scores before and after: {run_dir / 'scores.png'}" in shown
         assert f"curves: {run_dir / 'curves.png'}" in shown
     assert shown_table(first) == shown_table(again)
     assert imread(run_dir / "curves.png").std() > 0.05 and not Path("elsewhere").exists()
 
 
 def shown_table(text: str) -> str:
-    return text[text.index("held-out judgements") :]
+    return text[text.index("held-out prompts") :]

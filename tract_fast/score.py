@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import batched
+from itertools import islice
 from typing import IO, Any
 
 from tract_fast.data.records import Record, Skipped, parse_lines
@@ -23,7 +23,8 @@ WHOLE_PROMPT = ("prompt", "instruction")
 def run(judge: Judge, lines: Iterable[bytes], name: str, out: IO[str], settings: Generate, batch: int) -> int:
     """Judge every line and write the answers to ``out``; returns how many could not be judged."""
     failed = 0
-    for records in batched(parse_lines(lines, name), max(1, batch // settings.n)):
+    records_left, step = parse_lines(lines, name), max(1, batch // settings.n)
+    while records := list(islice(records_left, step)):
         for answer in answers(judge, records, settings):
             failed += "error" in answer
             out.write(json.dumps(answer, ensure_ascii=False) + "\n")
