@@ -7,8 +7,10 @@ TRACT_FAST_REQUIRE_EXT=1 fails where they cannot be built.
 
 import os
 import shutil
+import site
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -22,6 +24,8 @@ class CMakeBuild(build_ext):
         return f"{fullname.replace('.', '/')}.so"
 
     def run(self) -> None:
+        for ext in self.extensions:  # one of an earlier build must not pass for this one's
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
         if os.environ.get("TRACT_FAST_SKIP_EXT") == "1":
             print("tract_fast: TRACT_FAST_SKIP_EXT = 1, so without the native CPU kernels")
             return
@@ -33,17 +37,28 @@ class CMakeBuild(build_ext):
             print(f"tract_fast: the native CPU kernels are left out: {error}")
 
     def build_extension(self, ext: Extension) -> None:
-        # pip builds in an environment of its own, without torch; the one that is installed into has it
-        torch = Path(sysconfig.get_path("purelib")) / "torch"
-        if not torch.is_dir():
-            raise FileNotFoundError(f"no torch in {torch.parent}: install torch first")
-        build, target = Path(self.build_temp).resolve(), Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        torch = find_torch()
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         target.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         run = lambda *command: subprocess.run(["cmake", *command], check=True)  # noqa: E731
-        run("-S", str(Path(__file__).parent), "-B", str(build), f"-DTRACT_FAST_TORCH={torch}", *generator)
-        run("--build", str(build), "--target", "tract_fast_native", "--parallel")
-        run("--install", str(build), "--prefix", str(target))
+        # a folder of its own: CMake's cache would remember the ninja of pip's isolated environment, which is gone
+        with tempfile.TemporaryDirectory() as build:
+            run("-S", str(Path(__file__).parent), "-B", build, f"-DTRACT_FAST_TORCH={torch}", *generator)
+            run("--build", build, "--target", "tract_fast_native", "--parallel")
+            run("--install", build, "--prefix", str(target))
+
+
+def find_torch() -> Path:
+    """The torch that is installed: pip builds in an environment of its own without one, so it is not imported."""
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
+    given = os.environ.get("TRACT_FAST_TORCH")
+    for torch in [Path(given)] if given else [Path(folder) / "torch" for folder in folders]:
+        if (torch / "include").is_dir():
+            return torch
+    raise FileNotFoundError(
+        f"no torch in {given or ', '.join(folders)}: install torch first, or name its folder in TRACT_FAST_TORCH"
+    )
 
 
 setup(

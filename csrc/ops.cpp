@@ -46,22 +46,44 @@ T* pointer(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
+// Refuses a tensor that the kernels would read or write wrongly.
+void check(const Tensor& t, const char* name, torch::headeronly::ScalarType type, int64_t numel) {
+  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type && t.numel() == numel, name,
+                  " must be contiguous, on the CPU, of its type, and have ", numel, " elements");
+}
+
+void check_range(const Tensor& indices, const char* name, int64_t least, int64_t end) {
+  const int64_t* values = pointer<int64_t>(indices);
+  for (int64_t i = 0; i < indices.numel(); ++i)
+    STD_TORCH_CHECK(values[i] >= least && values[i] < end, name, " holds ", values[i], ", which is no column");
+}
+
 void row_pass_op(const Tensor logits, const std::optional<Tensor> bias, const Tensor picked_label,
                  const Tensor picked_scores, const Tensor labels, const Tensor ce, const Tensor score,
                  const Tensor score_target, const Tensor used, const Tensor ids, const Tensor values, const Tensor nll,
                  const Tensor lse, const Tensor expected, const Tensor mass, const Tensor probs, double softcap,
                  double logit_scale, bool vocab, bool gradient) {
-  const int64_t n = logits.size(0);
-  STD_TORCH_CHECK(logits.stride(1) == 1, "the logits of a row must lie side by side");
-  for (const Tensor* t : {&picked_label, &picked_scores, &labels, &ce, &score, &score_target, &used, &ids, &values,
-                          &nll, &lse, &expected, &mass, &probs})
-    STD_TORCH_CHECK(t->is_contiguous() && t->is_cpu(), "all tensors must be contiguous and on the CPU");
-  STD_TORCH_CHECK(!bias.has_value() || (bias->is_contiguous() && bias->numel() == logits.size(1) &&
-                                        bias->scalar_type() == logits.scalar_type()),
-                  "bias must be contiguous, (n_vocab), of the type of the logits");
+  using torch::headeronly::ScalarType;
+  STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) > 0 && logits.stride(1) == 1 &&
+                      logits.stride(0) >= logits.size(1),
+                  "logits must be (n, V) on the CPU, the logits of a row side by side");
+  const int64_t n = logits.size(0), n_vocab = logits.size(1), tokens = ids.numel();
+  STD_TORCH_CHECK(tokens > 0, "ids must not be empty");
+  if (bias.has_value()) check(*bias, "bias", logits.scalar_type(), n_vocab);
+  check(picked_label, "picked_label", ScalarType::Float, n);
+  check(picked_scores, "picked_scores", ScalarType::Float, n * tokens);
+  check(labels, "labels", ScalarType::Long, n);
+  check(used, "used", ScalarType::Bool, n);
+  check(ids, "ids", ScalarType::Long, tokens);
+  check(values, "values", ScalarType::Float, tokens);
+  check(probs, "probs", ScalarType::Float, n * tokens);
+  for (const Tensor* t : {&ce, &score, &score_target, &nll, &lse, &expected, &mass})
+    check(*t, "a term or statistic", ScalarType::Float, n);
+  check_range(labels, "labels", -1, n_vocab);
+  check_range(ids, "ids", 0, n_vocab);
   RowPass p;
   p.logits = logits.data_ptr();
-  p.n_vocab = logits.size(1);
+  p.n_vocab = n_vocab;
   p.stride = logits.stride(0);
   p.bias = bias.has_value() ? bias->data_ptr() : nullptr;
   p.picked_label = pointer<float>(picked_label);
@@ -73,7 +95,7 @@ void row_pass_op(const Tensor logits, const std::optional<Tensor> bias, const Te
   p.used = pointer<bool>(used);
   p.ids = pointer<int64_t>(ids);
   p.values = pointer<float>(values);
-  p.n_tokens = ids.size(0);
+  p.n_tokens = tokens;
   p.nll = pointer<float>(nll);
   p.lse = pointer<float>(lse);
   p.expected = pointer<float>(expected);
@@ -88,8 +110,8 @@ void row_pass_op(const Tensor logits, const std::optional<Tensor> bias, const Te
 
 // total += part, in float32.
 void add_op(const Tensor total, const Tensor part) {
-  STD_TORCH_CHECK(total.is_contiguous() && part.is_contiguous() && total.numel() == part.numel(),
-                  "both must be contiguous and of one size");
+  check(total, "total", torch::headeronly::ScalarType::Float, part.numel());
+  check(part, "part", part.scalar_type(), total.numel());
   const Kernels& kernels = chosen().of(type_of(part));
   const int64_t size = part.element_size();
   constexpr int64_t share = 1 << 16;
@@ -114,13 +136,19 @@ void advise_op(const Tensor buffer) {
 
 // An undefined (rows, columns) tensor of the type of `like`, in memory that is kept for the next one when it goes.
 Tensor scratch_op(const Tensor like, int64_t rows, int64_t columns) {
-  const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(columns) * like.element_size();
+  int64_t bytes = 0;
+  STD_TORCH_CHECK(like.is_cpu() && rows >= 0 && columns >= 0 && !__builtin_mul_overflow(rows, columns, &bytes) &&
+                      !__builtin_mul_overflow(bytes, static_cast<int64_t>(like.element_size()), &bytes),
+                  "a scratch tensor of ", rows, " x ", columns, " is not possible");
   const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  return torch::stable::from_blob(take_scratch(bytes), {sizes, 2}, {strides, 2}, like.device(), like.scalar_type(),
+  return torch::stable::from_blob(take_scratch(static_cast<size_t>(bytes)), {sizes, 2}, {strides, 2}, like.device(), like.scalar_type(),
                                   return_scratch);
 }
 
 std::string variant_op() { return chosen().name; }
+
+// Raised whenever the operators change; tract_fast/loss/native.py expects the same number.
+int64_t abi_op() { return 1; }
 
 }  // namespace
 }  // namespace tract_fast
@@ -135,6 +163,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
   m.def("advise(Tensor(a!) buffer) -> ()");
   m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
   m.def("variant() -> str");
+  m.def("abi() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tract_fast, CompositeExplicitAutograd, m) {
@@ -143,4 +172,5 @@ STABLE_TORCH_LIBRARY_IMPL(tract_fast, CompositeExplicitAutograd, m) {
   m.impl("advise", TORCH_BOX(&tract_fast::advise_op));
   m.impl("scratch", TORCH_BOX(&tract_fast::scratch_op));
   m.impl("variant", TORCH_BOX(&tract_fast::variant_op));
+  m.impl("abi", TORCH_BOX(&tract_fast::abi_op));
 }

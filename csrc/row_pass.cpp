@@ -58,8 +58,8 @@ Capped transform(const RowPass& p, const Kernels& k, float raw, int64_t column) 
   if (p.bias != nullptr) z += k.bias_at(p.bias, column);
   z *= p.logit_scale;
   if (p.softcap == 0.0f) return {z, p.logit_scale};
-  const double e = std::exp(-2.0 * std::fabs(z) / p.softcap), t = (1.0 - e) / (1.0 + e);
-  return {std::copysign(t, z) * p.softcap, p.logit_scale * 4.0 * e / ((1.0 + e) * (1.0 + e))};
+  const double e = std::exp(-2.0 * std::fabs(z) / p.softcap);
+  return {std::tanh(z / p.softcap) * p.softcap, p.logit_scale * 4.0 * e / ((1.0 + e) * (1.0 + e))};
 }
 
 }  // namespace

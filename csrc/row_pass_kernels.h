@@ -1,5 +1,6 @@
 // The kernels of row_pass.h as plain loops that compilers vectorise, for the instruction set that this is compiled for.
-// Included once by every file in variants/, which names its namespace in TRACT_FAST_VARIANT.
+// Included once by every file in variants/, which names its namespace in TRACT_FAST_VARIANT. No templates of std:: here:
+// the linker keeps one copy of each, which might be the one for a processor that this is not.
 
 #include <cfloat>
 #include <limits>
@@ -12,6 +13,22 @@ namespace {
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
 using bfloat16 = uint16_t;
+
+// What take_out() writes: quiet NaNs with a payload of their own, compared as integers. A NaN that arithmetic makes has
+// none, so that it is not mistaken for them, and -inf is a logit like any other.
+constexpr uint32_t OUT = 0x7fde0000u;
+inline bool is_out(float x) { return __builtin_bit_cast(uint32_t, x) == OUT; }
+inline bool is_out(bfloat16 x) { return x == OUT >> 16; }
+template <class T>
+inline T out();
+template <>
+inline float out<float>() {
+  return __builtin_bit_cast(float, OUT);
+}
+template <>
+inline bfloat16 out<bfloat16>() {
+  return OUT >> 16;
+}
 
 inline float widen(float x) { return x; }
 inline float widen(bfloat16 x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
@@ -46,13 +63,29 @@ inline float exp_nonpositive(float x) {
   return p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) << 23) + 0x3f800000u);
 }
 
-// Capped logits of n <= BLOCK columns into z, -inf where the buffer holds it; their derivatives into slope, if asked for
+// tanh(x) for x >= 0, given e = exp(-2 x). Below .625 the quotient cancels: there the polynomial of Cephes' tanhf.
+inline float tanh_positive(float x, float e) {
+  const float s = x * x;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const float near = p * s * x + x, far = (1.0f - e) / (1.0f + e);
+  return x < 0.625f ? near : far;
+}
+
+// Capped logits of n <= BLOCK columns into z, -inf where they are taken out; their derivatives into slope, if asked for
 // and there is a cap (it is logit_scale otherwise).
 template <class T>
 inline void transform(const RowPass& p, const T* raw, int64_t column, int64_t n, float* z, float* slope) {
+  if (p.bias == nullptr && p.logit_scale == 1.0f && p.softcap == 0.0f) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) z[i] = is_out(raw[i]) ? NOTHING : widen(raw[i]);
+    return;
+  }
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) z[i] = widen(raw[i]);
-  if (p.bias == nullptr && p.logit_scale == 1.0f && p.softcap == 0.0f) return;
   if (p.bias != nullptr) {
     const T* bias = static_cast<const T*>(p.bias) + column;
 #pragma omp simd
@@ -65,15 +98,15 @@ inline void transform(const RowPass& p, const T* raw, int64_t column, int64_t n,
     const float cap = p.softcap;
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
-      const float magnitude = z[i] < 0.0f ? -z[i] : z[i];
-      const float e = exp_nonpositive(-2.0f * magnitude / cap);  // tanh by it does not cancel in 1 - tanh^2
-      const float t = (1.0f - e) / (1.0f + e);
+      const float x = (z[i] < 0.0f ? -z[i] : z[i]) / cap;
+      const float e = exp_nonpositive(-2.0f * x);  // the slope by it does not cancel as 1 - tanh^2 would
+      const float t = tanh_positive(x, e);
       z[i] = (z[i] < 0.0f ? -t : t) * cap;
       if (slope != nullptr) slope[i] = scale * 4.0f * e / ((1.0f + e) * (1.0f + e));
     }
   }
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) z[i] = widen(raw[i]) == NOTHING ? NOTHING : z[i];
+  for (int64_t i = 0; i < n; ++i) z[i] = is_out(raw[i]) ? NOTHING : z[i];
 }
 
 template <class T>
@@ -84,8 +117,8 @@ T* row_of(const RowPass& p, int64_t row) {
 template <class T>
 void take_out(const RowPass& p, int64_t row) {
   T* logits = row_of<T>(p, row);
-  if (p.labels[row] >= 0) logits[p.labels[row]] = narrow<T>(NOTHING);
-  for (int64_t k = 0; k < p.n_tokens; ++k) logits[p.ids[k]] = narrow<T>(NOTHING);
+  if (p.labels[row] >= 0) logits[p.labels[row]] = out<T>();
+  for (int64_t k = 0; k < p.n_tokens; ++k) logits[p.ids[k]] = out<T>();
 }
 
 template <class T>
@@ -94,7 +127,7 @@ Sums sums(const RowPass& p, int64_t row, int64_t begin, int64_t end) {
   const T* logits = row_of<T>(p, row);
   Sums found{-FLT_MAX, 0.0};
   for (int64_t start = begin; start < end; start += BLOCK) {
-    const int64_t n = std::min(BLOCK, end - start);
+    const int64_t n = end - start < BLOCK ? end - start : BLOCK;
     transform(p, logits + start, start, n, z, nullptr);
     float top = found.top;
 #pragma omp simd reduction(max : top)
@@ -114,12 +147,12 @@ void write(const RowPass& p, const Coefficients& c, int64_t row, int64_t begin, 
   alignas(64) float slope[BLOCK];
   T* logits = row_of<T>(p, row);
   if (!p.used[row]) {
-    std::fill(logits + begin, logits + end, narrow<T>(0.0f));
+    for (int64_t i = begin; i < end; ++i) logits[i] = narrow<T>(0.0f);
     return;
   }
   const float top = c.top, factor = c.factor * (p.softcap == 0.0f ? p.logit_scale : 1.0f);
   for (int64_t start = begin; start < end; start += BLOCK) {
-    const int64_t n = std::min(BLOCK, end - start);
+    const int64_t n = end - start < BLOCK ? end - start : BLOCK;
     T* out = logits + start;
     transform(p, out, start, n, z, slope);
     if (p.softcap == 0.0f) {

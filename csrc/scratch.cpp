@@ -5,6 +5,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <utility>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -55,18 +56,22 @@ void* take_scratch(size_t bytes) {
   bytes = (std::max<size_t>(bytes, 1) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
+  if (p.kept != nullptr && p.kept_bytes >= bytes && p.kept_bytes / 2 <= bytes) {  // no small tensor holds a large block
+    p.in_use.emplace(p.kept, p.kept_bytes);
+    p.kept_bytes = 0;
+    return std::exchange(p.kept, nullptr);
+  }
   if (p.kept != nullptr && p.kept_bytes < bytes) {
-    release(p.kept, p.kept_bytes);
-    p.kept = nullptr;
+    release(std::exchange(p.kept, nullptr), p.kept_bytes);
+    p.kept_bytes = 0;
   }
-  void* memory = p.kept;
-  if (memory == nullptr) {
-    memory = allocate(bytes);
-    p.kept_bytes = bytes;
+  void* memory = allocate(bytes);
+  try {
+    p.in_use.emplace(memory, bytes);
+  } catch (...) {
+    release(memory, bytes);
+    throw;
   }
-  p.kept = nullptr;
-  p.in_use[memory] = p.kept_bytes;
-  p.kept_bytes = 0;
   return memory;
 }
 

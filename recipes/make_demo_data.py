@@ -3,7 +3,8 @@
 Nothing here was said by a person or written by a model: every text is put together from the lists below. A reply is an
 opening, the answer to the question, and a closing. Opening and closing are rude, plain or kind; the answer always is
 plain. The score is 3, one more for each kind part, one less for each rude part. The rationale quotes both parts and
-names their tones, so that the score follows from the rationale and the rationale from the reply.
+names their tones, so that the score follows from the rationale and the rationale from the reply: always in the same
+words, which a small model learns to write in a few steps.
 
 Each question gets one reply per score: all scores are equally frequent in any set of questions, and a question says
 nothing about its score. Held-out questions are new; their openings and closings come from the same lists.
@@ -162,14 +163,11 @@ CLOSINGS = {
         "Many thanks and kind regards!",
     ],
 }
-NAMES = {-1: ["rude", "dismissive"], 0: ["plain", "neutral"], 1: ["kind", "warm"]}
-RATIONALES = [
-    'It opens with "{opening}", which is {first}, and ends with "{closing}", which is {second}.',
-    'The opening "{opening}" is {first}. The closing "{closing}" is {second}.',
-]
+NAMES = {-1: "rude", 0: "plain", 1: "kind"}
+RATIONALE = 'The opening "{opening}" is {first}. The closing "{closing}" is {second}.'
 # The layout of the Feedback Collection, shortened so that a step on a CPU takes seconds: no reference answer
 PROMPT = """###Task Description:
-Write a feedback on the response, then a score from 1 to 5.
+Write a feedback on the opening and the closing, then a score.
 
 ###The instruction to evaluate:
 {question}
@@ -178,10 +176,7 @@ Write a feedback on the response, then a score from 1 to 5.
 {reply}
 
 ###Score Rubrics:
-[How courteous are opening and closing?]
-Score 1: rude
-Score 3: plain or mixed
-Score 5: kind
+1: rude, 3: plain or mixed, 5: kind
 
 ###Feedback: """
 
@@ -190,11 +185,8 @@ def judgement(number: int, question: str, answer: str, score: int, rng: random.R
     """One record in the plain form: a reply that deserves ``score``, and the rationale that says why."""
     first, second = rng.choice([(a, b) for a in TONES for b in TONES if 3 + a + b == score])
     opening, closing = rng.choice(OPENINGS[first]), rng.choice(CLOSINGS[second])
-    rationale = rng.choice(RATIONALES).format(
-        opening=opening.rstrip(".:"),
-        closing=closing.rstrip(".:"),
-        first=rng.choice(NAMES[first]),
-        second=rng.choice(NAMES[second]),
+    rationale = RATIONALE.format(
+        opening=opening.rstrip(".:"), closing=closing.rstrip(".:"), first=NAMES[first], second=NAMES[second]
     )
     return {
         "id": f"demo-{number:02}-{score}",

@@ -15,7 +15,7 @@ from tract_fast.data.feedback import Example, read_examples, split_by_question
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tract_fast" / "data" / "demo.jsonl"
-TONE = {name: tone for tone, names in make_demo_data.NAMES.items() for name in names}
+TONE = {name: tone for tone, name in make_demo_data.NAMES.items()}
 
 
 @pytest.fixture(scope="module")

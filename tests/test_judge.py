@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings as profile, strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from tests.tiny_judges import random_judge
 from tests.tiny_models import FAMILIES
@@ -18,7 +19,7 @@ from tests.tiny_runs import tiny_recipe
 from tract_fast import checkpoint, train
 from tract_fast.data import prompt as prompts
 from tract_fast.errors import UserError
-from tract_fast.generate import PickByUniform, sample, uniforms
+from tract_fast.generate import PickByUniform, RoomyLayer, sample, uniforms
 from tract_fast.judge import Draw, Judge, Judgement, after
 from tract_fast.prepare import prepare
 from tract_fast.recipe import Generate
@@ -117,6 +118,30 @@ def test_sample_depends_on_prompt_draw_and_seed_alone():
     assert rationales(apart) == rationales(together) == rationales(backwards)
     assert len({d.rationale for j in together for d in j.draws}) == 6
     assert rationales(judge.score(TEXTS, n=2, max_new_tokens=12, seed=7)) != rationales(together)
+
+
+STEPS = st.lists(st.sampled_from([1, 1, 1, 3, 80, "crop", "repeat", "select"]), min_size=1, max_size=12)
+
+
+@given(steps=STEPS, seed=st.integers(0, 100))
+def test_cache_with_room_holds_what_the_plain_one_holds(steps, seed):
+    torch.manual_seed(seed)
+    roomy, plain, batch = RoomyLayer(), DynamicLayer(), 2
+    for step in steps:
+        for layer in (roomy, plain):
+            if step == "crop" and layer.get_seq_length() > 2:
+                layer.crop(-2)
+            elif step == "repeat":
+                layer.batch_repeat_interleave(2)
+            elif step == "select" and layer.get_seq_length():
+                layer.batch_select_indices(torch.tensor([1]))
+        if isinstance(step, int):
+            batch = len(plain.keys) if plain.get_seq_length() else batch
+            new = torch.randn(2, batch, 3, step, 4)
+            for got, want in zip(roomy.update(*new), plain.update(*new), strict=True):
+                assert torch.equal(got, want)
+    assert roomy.get_seq_length() == plain.get_seq_length()
+    assert torch.equal(roomy.keys, plain.keys) if plain.get_seq_length() else True
 
 
 @given(seed=st.integers(0, 10**6), size=st.integers(2, 40))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "linear_tract_loss"]
+__all__ = ["Judge", "__version__", "linear_tract_loss"]
 
 
 def __getattr__(name: str) -> Any:
@@ -16,6 +16,10 @@ def __getattr__(name: str) -> Any:
         from tract_fast.loss import linear_tract_loss
 
         return linear_tract_loss
+    if name == "Judge":
+        from tract_fast.judge import Judge
+
+        return Judge
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

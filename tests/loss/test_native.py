@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import assume, given, strategies as st
 
 from tests.loss_problems import problem, problems, rounded, tensors
 from tract_fast import linear_tract_loss
@@ -77,8 +77,8 @@ def assert_equal(a: Arguments, gradient: bool = True, stride: int = 0) -> None:
 )
 def test_equals_the_pytorch_row_pass(p, dtype, variant, threads, stride, gradient):
     a = arguments(p, dtype)
-    if len(a.hidden) == 0 or a.weight.abs().max() > 100:  # logits of 1e4: rounding decides what exp makes of them
-        return
+    assume(len(a.hidden) > 0)
+    assume(a.weight.abs().max() <= 100)  # logits of 1e4: rounding decides what exp makes of them
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACT_FAST_CPU", variant)
@@ -102,6 +102,82 @@ def test_a_variant_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setenv("TRACT_FAST_CPU", "abacus")
     with pytest.raises(RuntimeError, match="no such variant"):
         native.variant()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), 3e38, -3e38, 1e-42])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("softcap", "logit_scale"), [(None, 1.0), (None, -1.7), (30.0, 1.0), (30.0, -1.7), (1e6, 1.0)])
+def test_values_at_the_edge_are_what_they_are_in_pytorch(value, dtype, softcap, logit_scale):
+    p = problem(4, 40, 3, 4, 2, seed=3, normalize="vocab")
+    a = arguments(p | {"softcap": softcap, "logit_scale": logit_scale}, dtype)
+    terms = row_terms(a)
+    picked = rows.pick(a.hidden, terms.labels, a)
+    column = next(c for c in range(40) if c not in a.score_token_ids and c not in terms.labels)
+    found = []
+    for row_pass in (rows.row_pass, native.row_pass):
+        logits = a.hidden @ a.weight.t()
+        logits[1, column] = value
+        stats = new_stats(a)
+        row_pass(logits, picked, terms, stats, a, gradient=True)
+        found.append([logits, *stats])
+    eps = torch.finfo(dtype).eps
+    for i, (x, y) in enumerate(zip(*found, strict=True)):
+        torch.testing.assert_close(y, x, rtol=max(2 * eps, 1e-5) if i == 0 else 1e-5, atol=1e-5, equal_nan=True)
+
+
+def operands() -> dict:
+    """What the operator takes: 3 rows, 8 columns, 2 score tokens."""
+    float32 = {"picked_label": (3,), "picked_scores": (3, 2), "ce": (3,), "score": (3,), "score_target": (3,)}
+    made = {name: torch.zeros(shape) for name, shape in float32.items()}
+    made |= {"labels": torch.zeros(3, dtype=torch.int64), "used": torch.ones(3, dtype=torch.bool)}
+    made |= {"ids": torch.arange(2), "values": torch.zeros(2), "probs": torch.zeros(3, 2), "logits": torch.zeros(3, 8)}
+    made |= {name: torch.zeros(3) for name in ("nll", "lse", "expected", "mass")}
+    return made | {"bias": None, "softcap": 0.0, "logit_scale": 1.0, "vocab": True, "gradient": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([0, 9, 1])}, "labels holds 9"),
+        ({"labels": torch.tensor([0, -2, 1])}, "labels holds -2"),
+        ({"labels": torch.zeros(3, dtype=torch.int32)}, "labels must be"),
+        ({"ids": torch.tensor([1, 8])}, "ids holds 8"),
+        ({"ids": torch.empty(0, dtype=torch.int64)}, "ids must not be empty"),
+        ({"nll": torch.zeros(1)}, "a term or statistic must be"),
+        ({"nll": torch.zeros(3, dtype=torch.float64)}, "a term or statistic must be"),
+        ({"probs": torch.zeros(3, 1)}, "probs must be"),
+        ({"values": torch.zeros(2, device="meta")}, "values must be"),
+        ({"bias": torch.zeros(7)}, "bias must be"),
+        ({"bias": torch.zeros(8, dtype=torch.bfloat16)}, "bias must be"),
+        ({"logits": torch.zeros(3, 8, dtype=torch.float64)}, "float32 or bfloat16"),
+        ({"logits": torch.zeros(8, 3).t()}, "side by side"),
+        ({"logits": torch.zeros(1, 8).expand(3, 8)}, "side by side"),
+        ({"used": torch.ones(3)}, "used must be"),
+    ],
+)
+def test_operator_refuses_what_it_would_read_wrongly(change, message):
+    torch.ops.tract_fast.row_pass(**operands())
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.tract_fast.row_pass(**operands() | change)
+
+
+def test_other_operators_refuse_too():
+    with pytest.raises(RuntimeError, match="total must be"):
+        torch.ops.tract_fast.add(torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="total must be"):
+        torch.ops.tract_fast.add(torch.zeros(7), torch.zeros(8))
+    for rows_, columns in ((2**40, 2**40), (-1, 8)):
+        with pytest.raises(RuntimeError, match="is not possible"):
+            torch.ops.tract_fast.scratch(torch.zeros(1), rows_, columns)
+
+
+def test_library_of_another_version_is_told(monkeypatch):
+    monkeypatch.setattr(native, "ABI", -1)
+    native.missing.cache_clear()
+    try:
+        assert "are those of another version; install the package again" in native.missing()
+    finally:
+        native.missing.cache_clear()
 
 
 def test_without_the_library_pytorch_computes_the_same(monkeypatch, tmp_path):

@@ -18,19 +18,25 @@ from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 REFUSED = "must be portable, avx2 or avx512, and one that this processor runs; unset it for the best"
+ABI = 1  # of the operators in csrc/ops.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
 def missing() -> str | None:
     """Why the library is not there, with the remedy; None where it is. Loads it."""
-    remedy = "install the package again with a C++ compiler and torch there: pip install --force-reinstall --no-deps ."
+    remedy = (
+        "install the package again with a C++ compiler and torch there: pip install --force-reinstall --no-deps . "
+        "(with --no-build-isolation where torch is not found)"
+    )
     if not LIBRARY.exists():
         return f"the native CPU kernels are not built; {remedy}"
     try:
         torch.ops.load_library(LIBRARY)
     except OSError as error:
         return f"the native CPU kernels do not load ({error}); {remedy}"
+    if not hasattr(torch.ops.tract_fast, "abi") or torch.ops.tract_fast.abi() != ABI:
+        return f"the native CPU kernels are those of another version; {remedy}"
     return None
 
 
