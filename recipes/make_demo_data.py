@@ -88,88 +88,24 @@ QUESTIONS = {  # question: answer
 }
 TONES = (-1, 0, 1)  # rude, plain, kind
 OPENINGS = {
-    -1: [
-        "Not this again.",
-        "Can you not read?",
-        "What a silly question.",
-        "You again?",
-        "I have no time for this.",
-        "Stop bothering us.",
-        "Everyone knows that.",
-        "Do your own homework.",
-        "How lazy of you.",
-        "Oh, please.",
-    ],
-    0: [
-        "This is the answer.",
-        "Regarding your question:",
-        "Your message arrived.",
-        "As listed on the site:",
-        "Reply to your request:",
-        "For your information:",
-        "The details are these.",
-        "According to our records:",
-        "Your question was received.",
-        "Here is the entry.",
-    ],
+    -1: ["What a silly question.", "You again?", "Stop bothering us.", "How lazy of you."],
+    0: ["This is the answer.", "For your information:", "Your message arrived.", "According to our records:"],
     1: [
         "Thank you so much for asking!",
         "What a lovely question!",
-        "We are so glad you wrote!",
-        "Good morning, dear customer!",
         "It is a pleasure to help you!",
-        "How kind of you to write!",
-        "Thanks for your patience!",
-        "We are happy to help!",
-        "Welcome, and thank you!",
-        "Great to hear from you!",
+        "Good morning, dear customer!",
     ],
 }
 CLOSINGS = {
-    -1: [
-        "Now go away.",
-        "Do not write again.",
-        "Deal with it.",
-        "Use your brain next time.",
-        "Not our problem.",
-        "Take it or leave it.",
-        "Is that so hard?",
-        "Stop wasting our time.",
-        "Complain to someone else.",
-        "Figure out the rest yourself.",
-    ],
-    0: [
-        "That is all.",
-        "This message ends here.",
-        "The case is closed.",
-        "See the site for more.",
-        "This is noted in the file.",
-        "End of reply.",
-        "The office is open on weekdays.",
-        "A copy was filed.",
-        "Reference number follows.",
-        "No reply is needed.",
-    ],
-    1: [
-        "Have a wonderful day!",
-        "We wish you all the best!",
-        "Please write any time, with pleasure!",
-        "Warm wishes to you!",
-        "It was a joy to help!",
-        "We hope to see you soon!",
-        "Thank you for trusting us!",
-        "Enjoy your weekend, dear customer!",
-        "Do ask again, we are glad to help!",
-        "Many thanks and kind regards!",
-    ],
+    -1: ["Now go away.", "Stop wasting our time.", "Not our problem.", "Deal with it."],
+    0: ["That is all.", "The case is closed.", "A copy was filed.", "End of reply."],
+    1: ["Have a wonderful day!", "Warm wishes to you!", "It was a joy to help!", "We hope to see you soon!"],
 }
 NAMES = {-1: "rude", 0: "plain", 1: "kind"}
 RATIONALE = 'The opening "{opening}" is {first}. The closing "{closing}" is {second}.'
-# The layout of the Feedback Collection, shortened so that a step on a CPU takes seconds: no reference answer
-PROMPT = """###Task Description:
-Write a feedback on the opening and the closing, then a score.
-
-###The instruction to evaluate:
+# The layout of the Feedback Collection, shortened so that a step on a CPU takes seconds: no task description and no reference answer
+PROMPT = """###The instruction to evaluate:
 {question}
 
 ###Response to evaluate:

@@ -29,7 +29,10 @@ def help_of(capsys, *argv):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["export", "-h"], ["demo", "-h"], ["--version"]])
+HELP = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
+
+
+@pytest.mark.parametrize("argv", HELP)
 def test_help_is_fast(argv):
     """Processor time, the best of ten: a busy machine does not count. Half of it is Python and tyro starting."""
 

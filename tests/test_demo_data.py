@@ -48,7 +48,7 @@ def test_file_is_what_the_generator_writes(tmp_path: Path):
 
 def test_scores_are_balanced_on_both_sides_of_the_split(recipe: recipes.Recipe, examples: list[Example]):
     train, held_out = split_by_question(examples, recipe.data.holdout, recipe.train.seed)
-    assert len(train) >= 240 and len(held_out) >= 60
+    assert len(train) >= 240 and len(held_out) >= 48
     for side in (train, held_out):
         assert len(set(Counter(e.score for e in side).values())) == 1
     assert not {e.question for e in train} & {e.question for e in held_out}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings as profile, strategies as st
+from transformers import TopPLogitsWarper
 from transformers.cache_utils import DynamicLayer
 
 from tests.tiny_judges import random_judge
@@ -19,7 +20,7 @@ from tests.tiny_runs import tiny_recipe
 from tract_fast import checkpoint, train
 from tract_fast.data import prompt as prompts
 from tract_fast.errors import UserError
-from tract_fast.generate import PickByUniform, RoomyLayer, sample, uniforms
+from tract_fast.generate import KeepTopP, PickByUniform, RoomyLayer, sample, uniforms
 from tract_fast.judge import Draw, Judge, Judgement, after
 from tract_fast.prepare import prepare
 from tract_fast.recipe import Generate
@@ -142,6 +143,22 @@ def test_cache_with_room_holds_what_the_plain_one_holds(steps, seed):
                 assert torch.equal(got, want)
     assert roomy.get_seq_length() == plain.get_seq_length()
     assert torch.equal(roomy.keys, plain.keys) if plain.get_seq_length() else True
+
+
+@given(
+    seed=st.integers(0, 10**6), size=st.sampled_from([2, 50, 2000]), top_p=st.floats(0.01, 1.0), spread=st.floats(0, 5)
+)
+def test_top_p_keeps_what_transformers_keeps(seed, size, top_p, spread):
+    """Also where many tokens are as likely, and more than are sorted at first."""
+    scores = torch.tensor(np.random.default_rng(seed).normal(0, spread, (3, size)), dtype=torch.float32)
+    kept = KeepTopP(top_p)(torch.zeros(3, 1), scores).isfinite()
+    theirs = TopPLogitsWarper(top_p)(torch.zeros(3, 1), scores).isfinite()
+    chances = scores.softmax(-1)
+    odd = kept != theirs  # as likely as the last, or rounding at the edge
+    assert (odd.sum(-1) <= 1).all() or spread < 0.1
+    assert ((chances * kept).sum(-1) >= top_p - 1e-5).all()
+    least = chances.masked_fill(~kept, 2.0).amin(-1)
+    assert ((chances * kept).sum(-1) - least * (chances == least[:, None]).sum(-1) < top_p + 1e-5).all()
 
 
 @given(seed=st.integers(0, 10**6), size=st.integers(2, 40))

@@ -27,7 +27,6 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
-    TopPLogitsWarper,
 )
 from transformers.cache_utils import DynamicLayer
 
@@ -37,6 +36,7 @@ from tract_fast.recipe import Generate
 SCORE_IS_WRITTEN = re.compile(r"(?:So the overall score is\s+(?:an? )?|\[RESULT\][\s:]*)\S+\s")
 TAIL = 32  # tokens
 MIN_ROOM = 64  # slots
+LIKELIEST = 1024
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,25 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
+class KeepTopP(LogitsProcessor):
+    """Takes out all but the likeliest tokens that together have probability ``top_p``, and those as likely as the last.
+
+    transformers' own sorts the whole vocabulary, half of a step's time on a CPU (V = 49152); here only ``LIKELIEST``
+    tokens are sorted, unless they do not suffice.
+    """
+
+    def __init__(self, top_p: float):
+        self.top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        probs = scores.softmax(dim=-1)
+        likeliest = probs.topk(min(LIKELIEST, probs.shape[1])).values
+        if (likeliest.sum(-1) < self.top_p).any():
+            likeliest = probs.sort(descending=True).values
+        last = (likeliest.cumsum(-1) < self.top_p).sum(-1, keepdim=True).clamp_(max=likeliest.shape[1] - 1)
+        return scores.masked_fill(probs < likeliest.gather(1, last), -torch.inf)
+
+
 class PickByUniform(LogitsProcessor):
     """Leaves one token of each row possible: where the cumulative distribution passes the row's uniform number."""
 
@@ -87,7 +106,7 @@ class PickByUniform(LogitsProcessor):
         self.numbers, self.width = numbers, width  # (S, T) float64; P
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chances = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        chances = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         place = self.numbers[:, input_ids.shape[1] - self.width, None] * chances[:, -1:]
         chosen = torch.searchsorted(chances, place, right=True).clamp_(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
@@ -186,7 +205,7 @@ def _processors(prompts: Sequence[str], settings: Generate, width: int, device: 
     if settings.temperature != 1:
         chain.append(TemperatureLogitsWarper(settings.temperature))
     if settings.top_p < 1:
-        chain.append(TopPLogitsWarper(settings.top_p))
+        chain.append(KeepTopP(settings.top_p))
     numbers = [
         uniforms(settings.seed, prompt, draw, settings.max_new_tokens)
         for prompt in prompts
