@@ -104,7 +104,8 @@ CLOSINGS = {
 }
 NAMES = {-1: "rude", 0: "plain", 1: "kind"}
 RATIONALE = 'The opening "{opening}" is {first}. The closing "{closing}" is {second}.'
-# The layout of the Feedback Collection, shortened so that a step on a CPU takes seconds: no task description and no reference answer
+# The layout of the Feedback Collection, shortened so that a step on a CPU takes seconds: no task description, no
+# reference answer
 PROMPT = """###The instruction to evaluate:
 {question}
 
