@@ -135,7 +135,7 @@ def test_cache_with_room_holds_what_the_plain_one_holds(steps, seed):
             elif step == "repeat":
                 layer.batch_repeat_interleave(2)
             elif step == "select" and layer.get_seq_length():
-                layer.batch_select_indices(torch.tensor([1]))
+                layer.batch_select_indices(torch.tensor([len(layer.keys) - 1]))
         if isinstance(step, int):
             batch = len(plain.keys) if plain.get_seq_length() else batch
             new = torch.randn(2, batch, 3, step, 4)

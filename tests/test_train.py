@@ -156,7 +156,7 @@ def test_metrics_lines(tmp_path):
     assert all(list(line) == names for line in steps)
     held_out = [line for line in lines if "eval" in line]
     assert [line["step"] for line in held_out] == [0, 2, 4, 6]
-    assert set(held_out[0]["eval"]) == {"pearson", "spearman", "rmse", "mae", "ce", "score_mass", "n"}
+    assert set(held_out[0]["eval"]) == {"pearson", "spearman", "kendall", "rmse", "mae", "ce", "score_mass", "n"}
     assert held_out[-1]["eval"]["ce"] < held_out[0]["eval"]["ce"], "a model that trains gets better at its own format"
 
 

@@ -71,7 +71,7 @@ def evaluate(
     teacher_forced: tyro.conf.FlagCreatePairsOff[bool] = False,
     holdout: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.0,
     split_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 42,
-    limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    limit: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
     skip: tyro.conf.FlagCreatePairsOff[bool] = False,
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
     dtype: Annotated[str, tyro.conf.arg(metavar="auto|bfloat16|float32")] = "auto",
@@ -88,14 +88,14 @@ def evaluate(
         teacher_forced: Score after the rationales in the data instead of the judge's own.
         holdout: Only the share of questions that a training with this data.holdout kept for evaluation; 0: all.
         split_seed: The train.seed of that training.
-        limit: Only the first so many prompts.
+        limit: Only the first so many prompts; 0: all.
         skip: Leave out and list broken records and prompts that are too long, instead of stopping.
         batch: Sequences generated at a time.
         dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
     """
     from tract_fast import evaluate as evaluation
 
-    source = evaluation.Source(data=data, holdout=holdout, split_seed=split_seed, limit=limit, skip=skip)
+    source = evaluation.Source(data=data, holdout=holdout, split_seed=split_seed, limit=limit or None, skip=skip)
     options = {"teacher_forced": teacher_forced, "batch": batch, "dtype": dtype}
     evaluation.show(evaluation.run(model, source, out, settings, **options), out)
     return 0

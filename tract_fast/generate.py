@@ -11,6 +11,7 @@ Legend: B prompts, n draws each, S = B n sequences, P padded prompt length, T ge
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -147,6 +148,11 @@ def take_end_tokens(lm: nn.Module, eos_id: int) -> list[int]:
     return sorted({eos_id, *([own] if isinstance(own, int) else own or [])})
 
 
+def cache_name(lm: nn.Module) -> str:
+    """What a model calls the cache that it is given: it was renamed in transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values"
+
+
 @torch.no_grad()
 def sample(
     lm: nn.Module, tokenizer, prompts: Sequence[str], ids: Sequence[Sequence[int]], settings: Generate, ends: list[int]
@@ -165,9 +171,9 @@ def sample(
             input_ids=input_ids[:, before],
             attention_mask=mask[:, before],
             position_ids=positions(mask)[:, before],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_name(lm): cache},
         )
         cache.batch_repeat_interleave(settings.n)
     input_ids, mask = (x.repeat_interleave(settings.n, dim=0) for x in (input_ids, mask))
@@ -175,7 +181,6 @@ def sample(
     out = lm.generate(
         inputs=input_ids,
         attention_mask=mask,
-        past_key_values=cache,
         generation_config=GenerationConfig(
             do_sample=False,  # PickByUniform has chosen
             max_new_tokens=settings.max_new_tokens,
@@ -185,6 +190,7 @@ def sample(
         ),
         logits_processor=_processors(prompts, settings, width, device),
         stopping_criteria=StoppingCriteriaList([stop]),
+        **{cache_name(lm): cache},
     )
     at_score = stop(out.sequences, None).tolist()
     tokens, ended = [], []
@@ -193,7 +199,7 @@ def sample(
         length = next((i for i, token in enumerate(row) if token in ends), len(row))
         tokens.append(row[:length])
         ended.append(done or length < len(row))
-    return Sampled(tokens, ended, out.past_key_values, width - mask.sum(-1), width)
+    return Sampled(tokens, ended, cache, width - mask.sum(-1), width)
 
 
 def _processors(prompts: Sequence[str], settings: Generate, width: int, device: torch.device) -> LogitsProcessorList:

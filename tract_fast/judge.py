@@ -23,7 +23,7 @@ from tract_fast.data import prompt as prompts
 from tract_fast.data.feedback import cut_rationale, has_verdict, read_label
 from tract_fast.data.scores import SENTENCE, ScoreScale, find_scale
 from tract_fast.errors import UserError
-from tract_fast.generate import Sampled, left_padded, positions, sample, take_end_tokens
+from tract_fast.generate import Sampled, cache_name, left_padded, positions, sample, take_end_tokens
 from tract_fast.model import DTYPES, load_config, load_lm, load_tokenizer, round_to
 from tract_fast.perf import slow_bfloat16
 from tract_fast.recipe import Generate, Model, Score
@@ -250,7 +250,7 @@ class Judge:
     @torch.no_grad()
     def _read(self, inputs: dict[str, Tensor], cache: Cache | None) -> tuple[list, list, list]:
         """Score probabilities (S, K), score mass (S,), expected scores (S,) at the last position of ``inputs``."""
-        out = self.lm(**inputs, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
+        out = self.lm(**inputs, **{cache_name(self.lm): cache}, use_cache=cache is not None, logits_to_keep=1)
         logits = out.logits[:, -1].double()
         scores = logits[:, list(self.scale.token_ids)]
         in_vocabulary = (scores - logits.logsumexp(-1, keepdim=True)).exp()
