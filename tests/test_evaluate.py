@@ -134,6 +134,15 @@ def test_broken_prediction_lines_are_named(trained, done, tmp_path):
         evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
 
 
+def test_rationale_may_hold_any_kind_of_line_break(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    records = {str(i): {"id": str(i), "rationale": f"a{mark}b"} for i, mark in enumerate("\u2028\x85\x0b\x1c\r\n")}
+    path.write_text("".join(map(evaluate._line, records.values())), encoding="utf-8", newline="")
+    assert evaluate.read_predictions(path) == records
+    path.write_text("")
+    assert evaluate.read_predictions(path) == {}
+
+
 def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):
     data = tmp_path / "data.jsonl"
     good = {"prompt": "Is the reply kind?", "score": 4}

@@ -205,7 +205,8 @@ def _line(record: dict[str, Any]) -> str:
 
 def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
     """The lines of a ``predictions.jsonl`` by id; one that a killed run left half written is the last, and left out."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = text.removesuffix("\n").split("\n") if text else []  # a rationale may hold what splitlines() splits at
     found = {}
     for number, line in enumerate(lines, 1):
         try:
