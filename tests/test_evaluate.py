@@ -126,6 +126,13 @@ def test_teacher_forced_scores_each_rationale(trained, tmp_path):
     assert found["generate"] is None
 
 
+def test_given_rationales_need_no_room_for_new_ones(trained, tmp_path):
+    much = Generate(max_new_tokens=5000)
+    with pytest.raises(UserError, match="has room for 0"):
+        evaluate.run(str(trained), data_of(trained), tmp_path / "a", much, say=quiet)
+    assert evaluate.run(str(trained), data_of(trained), tmp_path / "b", much, teacher_forced=True, say=quiet)["n"] == 6
+
+
 def test_broken_prediction_lines_are_named(trained, done, tmp_path):
     out = shutil.copytree(done, tmp_path / "out")
     lines = (out / "predictions.jsonl").read_text().splitlines()
@@ -163,6 +170,8 @@ def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):
         evaluate.run(str(trained), Source(data=str(data)), tmp_path / "c", SHORT, say=quiet)
     with pytest.raises(UserError, match=r"no prompt is left to judge"):
         evaluate.run(str(trained), Source(data=str(data), skip=True), tmp_path / "d", SHORT, say=quiet)
+    with pytest.raises(UserError, match=r"limit = -1: must be above 0"):
+        evaluate.run(str(trained), Source(data=str(data), limit=-1), tmp_path / "f", SHORT, say=quiet)
     with pytest.raises(UserError, match=r"batch = 0"):
         evaluate.run(str(trained), Source(data=str(data)), tmp_path / "e", SHORT, batch=0, say=quiet)
 

@@ -56,25 +56,29 @@ def test_lines_that_cannot_be_judged_do_not_hide_the_others():
         {"text": "x"},
         b"[1]\n",
         b'{"prompt": "\xff"}\n',
+        b'{"prompt": "\\ud83d", "id": "\\ud83d"}\n',
+        {"self": "x"},
         {"prompt": TEXTS[1]},
     ]
     found, failed = answers(random_judge(), lines, batch=4)
-    assert failed == 7
-    assert len(found) == 9
-    assert [i for i, line in enumerate(found) if "score" in line] == [0, 8]
+    assert failed == 9
+    assert len(found) == 11
+    assert [i for i, line in enumerate(found) if "score" in line] == [0, 10]
     reasons = ["not JSON", "is empty", "not a text", "has room for", "give whole prompts", "a JSON list", "not UTF-8"]
-    for line, reason in zip(found[1:8], reasons, strict=True):
+    reasons += ["half a character", "give whole prompts"]
+    for line, reason in zip(found[1:10], reasons, strict=True):
         assert reason in line["error"]
     assert found[3]["id"] == "three"
     assert [line["line"] for line in (found[1], found[7])] == [2, 8]
 
 
 def test_parts_of_the_template_make_a_prompt():
-    judge = random_judge(prompt_template="{orig_instruction} {orig_response}")
+    judge = random_judge(prompt_template=prompts.TEMPLATE)
+    judge.context = 4096  # the template is longer than the tiny tokenizer likes
     parts = {name: "kind" for name in prompts.PARTS} | {"orig_response": "the reply is kind"}
     found, failed = answers(judge, [parts, {"orig_response": "x"}])
     assert failed == 1
-    assert found[0]["rationale"] == judge.score("kind the reply is kind", max_new_tokens=12).rationale
+    assert found[0]["rationale"] == judge.score(prompts.fill_template(parts), max_new_tokens=12).rationale
     assert "needs orig_instruction" in found[1]["error"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def run(dir: Path) -> int:
     options = {"labels": recipe.score.labels, "values": recipe.score.values, "rationale": "keep", "on_error": "fail"}
     prompts = {e.id: e.prompt for e in feedback.read_examples(recipe.data.train, **options).examples}
     for record in two_judgements(predictions["after"]):
-        console.print(shown(record, prompts[record["id"]]), markup=False)
+        console.print(shown(record, prompts[record["id"]], recipe.score.labels), markup=False)
     picture = report.plot_scores({f"{when} training": predictions[when] for when in models}, dir / "scores.png")
     console.print(f"scores before and after: {picture}", markup=False)
     console.print(f"curves: {report.plot_curves(dir / 'metrics.jsonl', dir / 'curves.png')}", markup=False)
@@ -97,9 +98,9 @@ def two_judgements(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [min(records, key=lambda r: r["label"]), max(records, key=lambda r: r["label"])]
 
 
-def shown(record: dict[str, Any], prompt: str) -> str:
+def shown(record: dict[str, Any], prompt: str, labels: Sequence[str]) -> str:
     """One judgement in full."""
-    chances = ", ".join(f"{label}: {p:.2f}" for label, p in enumerate(record["distribution"], 1))
+    chances = ", ".join(f"{label}: {p:.2f}" for label, p in zip(labels, record["distribution"], strict=True))
     return (
         f"\n{record['id']}, true score {record['label']:g}\n{prompt.strip()}\n"
         f"{record['rationale']}\nexpected score {record['expected_score']:.2f} ({chances})"

@@ -8,30 +8,31 @@ ones against the score that came with the rationale.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from tract_fast import __version__
 from tract_fast.checkpoint import make_folder, replace_file
 from tract_fast.data import batch as batches, feedback, prompt as prompts
 from tract_fast.data.feedback import Example
 from tract_fast.data.prompt import Encoded
 from tract_fast.errors import UserError
 from tract_fast.judge import Judge, Judgement
-from tract_fast.metrics import agreement, with_intervals
+from tract_fast.metrics import MEASURES, agreement, with_intervals
 from tract_fast.model import TractModel
 from tract_fast.recipe import Generate, Recipe
 from tract_fast.report import plot_scores
@@ -49,6 +50,8 @@ class Item:
     rationale: str
     label: float
     question: str
+    ids: list[int] = field(default_factory=list, compare=False, repr=False)  # of the rendered prompt
+    length: int = 0  # of prompt and given rationale, in tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +89,13 @@ def run(
     """
     if batch < 1:
         raise UserError(f"batch = {batch}: must be above 0")
+    if source.limit is not None and source.limit < 1:
+        raise UserError(f"limit = {source.limit}: must be above 0")
     make_folder(out, "--out")
     judge = Judge.from_pretrained(model, dtype=dtype, say=say)
     forced = teacher_forced or not judge.writes
     if forced:
-        settings = dataclasses.replace(settings, n=1)
+        settings = replace(settings, n=1)
     items, left_out = read_items(judge, source, settings, teacher_forced=forced, say=say)
     if forced:
         mode = "teacher-forced" if judge.writes else "without rationales"
@@ -126,12 +131,13 @@ def read_items(
     examples = loaded.examples
     if source.holdout:
         examples = feedback.split_by_question(examples, source.holdout, source.split_seed)[1]
-    items = [_item(e) for e in examples] if teacher_forced else by_prompt(examples)
-    if source.limit is not None:
-        items = items[: source.limit]
+    items = [Item(e.id, e.prompt, e.rationale, e.score, e.question) for e in examples]
+    items = (items if teacher_forced else by_prompt(examples))[: source.limit]
     kept = []
-    for item, ids in zip(items, judge.render([item.prompt for item in items]), strict=True):
-        why = judge.obstacle(item.prompt, [*ids, *_tokens(judge, item.rationale)], settings)
+    rationales = prompts.tokenize(judge.tokenizer, [item.rationale for item in items])
+    for item, ids, tail in zip(items, judge.render([item.prompt for item in items]), rationales, strict=True):
+        item = replace(item, ids=ids, length=len(ids) + len(tail))
+        why = judge.obstacle(item.prompt, item.length, 0 if teacher_forced else settings.max_new_tokens)
         if why and not source.skip:
             raise UserError(f"{item.id}: {why}; lower max_new_tokens, or leave such prompts out with --skip")
         if why:
@@ -146,14 +152,6 @@ def read_items(
         say(f"data: {len(left_out)} left out, first {left_out[0]['where']}: {left_out[0]['why']}")
     say(f"data: {len(kept)} prompts on {len({item.question for item in kept})} questions")
     return kept, left_out
-
-
-def _tokens(judge: Judge, text: str) -> list[int]:
-    return prompts.tokenize(judge.tokenizer, [text])[0] if text else []
-
-
-def _item(e: Example) -> Item:
-    return Item(e.id, e.prompt, e.rationale, e.score, e.question)
 
 
 def by_prompt(examples: Sequence[Example]) -> list[Item]:
@@ -181,7 +179,9 @@ def _job(judge: Judge, items: Sequence[Item], settings: Generate, batch: int, ra
         "normalize": judge.about.normalize,
         "judge_fingerprint": judge.fingerprint(),
         "data_fingerprint": data,
+        "tract-fast": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "device": judge.device.type,
     }
 
@@ -231,10 +231,8 @@ def _predict(
     """The prediction of every item by id. Those that ``path`` holds are taken; others are added to it, batchwise."""
     found = read_predictions(path)
     replace_file(path, "".join(map(_line, found.values())))  # without a torn line
-    ids = judge.render([item.prompt for item in items])
-    lengths = [len(i) + len(_tokens(judge, item.rationale)) for i, item in zip(ids, items, strict=True)]
     # prompts of about the same length together, the longest first: what does not fit into memory shows at once
-    order = sorted(range(len(items)), key=lambda i: (-lengths[i], i))
+    order = sorted(range(len(items)), key=lambda i: (-items[i].length, i))
     step = max(1, batch // settings.n)
     plan = [order[i : i + step] for i in range(0, len(order), step)]
     todo = [chosen for chosen in plan if not all(items[i].id in found for i in chosen)]
@@ -244,7 +242,7 @@ def _predict(
     begin, written = time.perf_counter(), 0
     with path.open("a", encoding="utf-8") as file:
         for chosen in todo:
-            texts, tokens = [items[i].prompt for i in chosen], [ids[i] for i in chosen]
+            texts, tokens = [items[i].prompt for i in chosen], [items[i].ids for i in chosen]
             if forced:
                 judgements = judge.given(tokens, [items[i].rationale for i in chosen])
             else:
@@ -334,7 +332,7 @@ def table(metrics: dict[str, Any]) -> Table:
         columns += [(f"RAIL, complete (n = {complete['n']})", complete["rail"])]
     for name, _ in columns:
         shown.add_column(name, justify="right")
-    for name in ("pearson", "spearman", "kendall", "rmse", "mae"):
+    for name in MEASURES:
         shown.add_row(name, *(interval(found[name]) for _, found in columns))
     return shown
 

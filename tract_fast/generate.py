@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,11 +43,10 @@ LIKELIEST = 1024
 
 @dataclass(frozen=True)
 class Sampled:
-    """What generation leaves: ``tokens[s]`` of sequence s without what ended it, whether it ended by itself, and the
-    cache, whose slots are the padded prompt (``padding[s]`` of them empty) and then the tokens, the last not always."""
+    """What generation leaves: ``tokens[s]`` of sequence s without its end token, and the cache, whose slots are the
+    padded prompt (``padding[s]`` of them empty) and then the tokens, the last not always."""
 
     tokens: list[list[int]]
-    ended: list[bool]
     cache: Cache
     padding: Tensor  # (S,) int64
     width: int  # P
@@ -175,9 +175,9 @@ def sample(
             logits_to_keep=1,
             **{cache_name(lm): cache},
         )
-        cache.batch_repeat_interleave(settings.n)
+        if settings.n > 1:
+            cache.batch_repeat_interleave(settings.n)
     input_ids, mask = (x.repeat_interleave(settings.n, dim=0) for x in (input_ids, mask))
-    stop = StopAtScore(tokenizer, width)
     out = lm.generate(
         inputs=input_ids,
         attention_mask=mask,
@@ -189,17 +189,13 @@ def sample(
             return_dict_in_generate=True,
         ),
         logits_processor=_processors(prompts, settings, width, device),
-        stopping_criteria=StoppingCriteriaList([stop]),
+        stopping_criteria=StoppingCriteriaList([StopAtScore(tokenizer, width)]),
         **{cache_name(lm): cache},
     )
-    at_score = stop(out.sequences, None).tolist()
-    tokens, ended = [], []
-    for row, done in zip(out.sequences[:, width:].tolist(), at_score, strict=True):
-        # what is over before the others is filled up with an end token
-        length = next((i for i, token in enumerate(row) if token in ends), len(row))
-        tokens.append(row[:length])
-        ended.append(done or length < len(row))
-    return Sampled(tokens, ended, cache, width - mask.sum(-1), width)
+    # what is over before the others is filled up with an end token
+    rows = out.sequences[:, width:].tolist()
+    tokens = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
+    return Sampled(tokens, cache, width - mask.sum(-1), width)
 
 
 def _processors(prompts: Sequence[str], settings: Generate, width: int, device: torch.device) -> LogitsProcessorList:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,12 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Description:
-    """What ``tract.json`` says besides the score tokens; the defaults are for a model that is no judge yet."""
+    """What ``tract.json`` says; the defaults are for a model that is no judge yet."""
 
     labels: tuple[str, ...] = Score.labels
     values: tuple[float, ...] = Score.values
+    token_ids: tuple[int, ...] | None = None
+    prefix_ids: tuple[int, ...] | None = None
     normalize: str = "scores"
     rationale: str = "keep"
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -129,50 +131,59 @@ class Judge:
         tokenizer = load_tokenizer(Model(path=str(adapter)) if adapter else model)
         scale = find_scale(tokenizer, found.labels, found.values, rationale=found.rationale)
         if about:
-            check_tokens(folder / DESCRIPTION, scale)
+            check_tokens(folder / DESCRIPTION, about, scale)
         prompts.check_tokenizer(tokenizer, scale, found.chat_template_kwargs or {})
         lm = load_lm(model, dtype=DTYPES[chosen], attention_name="eager" if caps else "sdpa")
         if adapter:
             lm = _merged(lm, adapter)
         return cls(lm.to(device), tokenizer, scale, found)
 
-    def prompt(self, **parts: str) -> str:
+    def prompt(self, /, **parts: str) -> str:
         """The judge's prompt template filled with ``orig_instruction``, ``orig_response``, ``orig_reference_answer``,
         ``orig_criteria`` and ``orig_score1_description`` to 5. Raises UserError where it was trained on other
         prompts."""
         if self.about.prompt_template is None:
             raise UserError("this judge was trained on prompts that have no template: give whole prompts")
-        missing = [name for name in prompts.PARTS if name not in parts]
+        missing = [name for name in prompts.PARTS if not isinstance(parts.get(name), str)]
         if missing:
-            raise UserError(f"the judge's prompt needs {', '.join(missing)}")
-        return self.about.prompt_template.format_map(parts)
+            raise UserError(f"the judge's prompt needs {', '.join(missing)}, each a text")
+        return prompts.fill_template(parts)
 
     def render(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each prompt inside the chat template, up to where the reply starts."""
+        """Token ids of each prompt inside the chat template, up to where the reply starts. Raises UserError for a text
+        that is no Unicode: JSON can hold half a character."""
+        for text in texts:
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise UserError(f"the prompt holds half a character ({text[error.start]!r})") from None
         rendered = [prompts.render_prompt(self.tokenizer, t, self.about.chat_template_kwargs or {}) for t in texts]
         return prompts.tokenize(self.tokenizer, rendered)
 
-    def room(self, settings: Generate) -> int | None:
-        """Longest rendered prompt, in tokens, that leaves room for a rationale and the score; None without a limit."""
-        if self.context is None:
-            return None
-        return self.context - len(self.scale.prefix_ids) - (settings.max_new_tokens if self.writes else 0)
+    def room(self, new_tokens: int) -> int | None:
+        """Most tokens before a rationale of ``new_tokens`` and the score sentence; None without a limit."""
+        return None if self.context is None else self.context - len(self.scale.prefix_ids) - new_tokens
 
-    def obstacle(self, text: str, ids: Sequence[int], settings: Generate) -> str | None:
-        """Why this prompt, rendered as ``ids``, cannot be judged, if so."""
+    def obstacle(self, text: str, length: int, new_tokens: int) -> str | None:
+        """Why this prompt, of ``length`` tokens when rendered (with a given rationale, if there is one), cannot be judged
+        with a rationale of up to ``new_tokens``, if so."""
         if not text.strip():
             return "the prompt is empty"
-        room = self.room(settings)
-        if room is not None and len(ids) > room:
-            new = f" with max_new_tokens = {settings.max_new_tokens}" if self.writes else ""
+        room = self.room(new_tokens)
+        if room is not None and length > room:
+            new = f" with max_new_tokens = {new_tokens}" if new_tokens else ""
             context = f"the model's context of {self.context}{new} has room for {max(0, room)}"
-            return f"the prompt has {len(ids)} tokens and {context}"
+            return f"the prompt has {length} tokens and {context}"
         return None
 
     @property
     def writes(self) -> bool:
         """Whether the judge writes a rationale before its score."""
         return self.about.rationale == "keep"
+
+    def new_tokens(self, settings: Generate) -> int:
+        """Most tokens that the judge writes."""
+        return settings.max_new_tokens if self.writes else 0
 
     def score(
         self, prompt: str | Sequence[str], n: int = 1, *, batch: int = 16, **settings: Any
@@ -191,7 +202,7 @@ class Judge:
         chosen = Generate(n=n, **settings)
         ids = self.render(texts)
         for number, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            if why := self.obstacle(text, tokens, chosen):
+            if why := self.obstacle(text, len(tokens), self.new_tokens(chosen)):
                 raise UserError(why if isinstance(prompt, str) else f"prompt {number}: {why}")
         found: list[Judgement] = []
         step = max(1, batch // n)
@@ -336,9 +347,11 @@ def read_description(path: Path) -> Description:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}, which this version reads: export the judge again")
-    kinds = {
+    kinds = {  # type, and that of the members of a list
         "labels": (list, str),
         "values": (list, int | float),
+        "token_ids": (list, int),
+        "prefix_ids": (list, int),
         "normalize": (str, None),
         "rationale": (str, None),
         "chat_template_kwargs": (dict, None),
@@ -350,21 +363,27 @@ def read_description(path: Path) -> Description:
         value = fields.get(name, ...)
         if not isinstance(value, kind) or (member and not all(isinstance(x, member) for x in value)):
             raise UserError(f"{path}: {name} is missing or not of its type: export the judge again")
-    for name, choices in (("normalize", ("scores", "vocab")), ("rationale", ("keep", "drop")), ("dtype", DTYPES)):
-        if fields[name] not in choices:
-            raise UserError(f"{path}: {name} = {fields[name]!r}: must be {' or '.join(choices)}")
-    known = {name: fields[name] for name in kinds}
-    return replace(Description(), **known | {"labels": tuple(fields["labels"]), "values": tuple(fields["values"])})
+    choices = {
+        "normalize": ("scores", "vocab"),
+        "rationale": ("keep", "drop"),
+        "dtype": tuple(DTYPES),
+        "score_sentence": (SENTENCE,),
+    }
+    for name, allowed in choices.items():
+        if fields.get(name) not in allowed:
+            raise UserError(f"{path}: {name} = {fields.get(name)!r}: must be {' or '.join(map(repr, allowed))}")
+    template = fields["prompt_template"]
+    if template is not None and template != prompts.TEMPLATE:
+        raise UserError(f"{path}: prompt_template is none that this version fills: write null and give whole prompts")
+    return Description(**{name: tuple(fields[name]) if kinds[name][0] is list else fields[name] for name in kinds})
 
 
-def check_tokens(path: Path, scale: ScoreScale) -> None:
+def check_tokens(path: Path, about: Description, scale: ScoreScale) -> None:
     """Hold the tokens that ``tract.json`` names against those found with the tokenizer beside it."""
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    for name, found in (("token_ids", scale.token_ids), ("prefix_ids", scale.prefix_ids)):
-        if fields.get(name) != list(found):
-            raise UserError(f"{path}: {name} = {fields.get(name)}, but the tokenizer beside it gives {list(found)}")
-    if fields.get("score_sentence") != SENTENCE:
-        raise UserError(f"{path}: score_sentence = {fields.get('score_sentence')!r}: must be {SENTENCE!r}")
+    for name in ("token_ids", "prefix_ids"):
+        named, found = getattr(about, name), getattr(scale, name)
+        if named != found:
+            raise UserError(f"{path}: {name} = {list(named)}, but the tokenizer beside it gives {list(found)}")
 
 
 def choose_dtype(asked: str, trained: str, device: torch.device) -> tuple[str, str]:

@@ -17,7 +17,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def slow_bfloat16(device: torch.device) -> bool:
-    """Whether ``device`` is a CPU without instructions for bfloat16 products: they take many times float32's time."""
+    """Whether ``device`` is a CPU below AVX-512, where products in bfloat16 take many times float32's time (measured on
+    AVX2: a GEMM of 58 GFLOP .4 s in float32, 3 to 70 s in bfloat16)."""
     return device.type == "cpu" and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 

@@ -27,24 +27,24 @@ def run(judge: Judge, lines: Iterable[bytes], name: str, out: IO[str], settings:
     while records := list(islice(records_left, step)):
         for answer in answers(judge, records, settings):
             failed += "error" in answer
-            out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            out.write(json.dumps(answer) + "\n")  # ASCII: an id may hold half a character
         out.flush()
     return failed
 
 
 def answers(judge: Judge, records: Sequence[Record | Skipped], settings: Generate) -> Iterator[dict[str, Any]]:
     """One answer per record, in order; those that can be judged go through the model together."""
-    prompts = [_prompt(judge, record, settings) for record in records]
-    good = [p for p in prompts if not isinstance(p, UserError)]
-    found = iter(judge.judge(good, judge.render(good), settings) if good else [])
-    for record, prompt in zip(records, prompts, strict=True):
+    read = [_read(judge, record, settings) for record in records]
+    good = [r for r in read if not isinstance(r, UserError)]
+    found = iter(judge.judge(*zip(*good, strict=True), settings) if good else [])
+    for record, prompt in zip(records, read, strict=True):
         own = {"id": record.fields["id"]} if isinstance(record, Record) and "id" in record.fields else {}
         own = own or {"line": int(record.where.rpartition(":")[2])}
         yield own | ({"error": str(prompt)} if isinstance(prompt, UserError) else _answer(next(found)))
 
 
-def _prompt(judge: Judge, record: Record | Skipped, settings: Generate) -> str | UserError:
-    """The prompt that a record holds, or what is wrong with it."""
+def _read(judge: Judge, record: Record | Skipped, settings: Generate) -> tuple[str, list[int]] | UserError:
+    """The prompt that a record holds and its tokens, or what is wrong with it."""
     if isinstance(record, Skipped):
         return UserError(record.why)
     whole = [record.fields[name] for name in WHOLE_PROMPT if name in record.fields]
@@ -52,11 +52,12 @@ def _prompt(judge: Judge, record: Record | Skipped, settings: Generate) -> str |
         text = whole[0] if whole else judge.prompt(**record.fields)
         if not isinstance(text, str):
             raise UserError(f"the prompt is {text!r:.40}, not a text")
-        if why := judge.obstacle(text, judge.render([text])[0], settings):
+        (ids,) = judge.render([text])
+        if why := judge.obstacle(text, len(ids), judge.new_tokens(settings)):
             raise UserError(why)
     except UserError as error:
         return error
-    return text
+    return text, ids
 
 
 def _answer(judgement: Judgement) -> dict[str, Any]:
