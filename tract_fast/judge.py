@@ -165,8 +165,8 @@ class Judge:
         return None if self.context is None else self.context - len(self.scale.prefix_ids) - new_tokens
 
     def obstacle(self, text: str, length: int, new_tokens: int) -> str | None:
-        """Why this prompt, of ``length`` tokens when rendered (with a given rationale, if there is one), cannot be judged
-        with a rationale of up to ``new_tokens``, if so."""
+        """Why this prompt, of ``length`` tokens when rendered (with a given rationale, if there is one), cannot be
+        judged with a rationale of up to ``new_tokens``, if so."""
         if not text.strip():
             return "the prompt is empty"
         room = self.room(new_tokens)
