@@ -345,9 +345,6 @@ def test_prompts_that_cannot_be_judged_are_refused_before_the_model_runs():
         judge.score(long, max_new_tokens=30)
     room = judge.room(SHORT.max_new_tokens)
     fits = max((t for k in range(200, 600) if len(judge.render([t := "kind " * k])[0]) <= room), key=len)
-        (t for k in range(200, 600) if len(judge.render([t := "kind " * k])[0]) <= judge.room(SHORT.max_new_tokens)),
-        key=len,
-    )
     assert judge.score(fits, max_new_tokens=SHORT.max_new_tokens).score_mass > 0
     with pytest.raises(UserError, match=r"has room for 494"):
         judge.score(fits + "kind kind kind kind", max_new_tokens=SHORT.max_new_tokens)
