@@ -98,7 +98,10 @@ def measure(
     p = Problem(SHAPES[name], device, dtype, frozen=frozen, scores=scores)
     truth = p.truth()
     rows, runs = [], {"bare GEMMs": bare_gemms(p)}
-    for label, loss in contestants(p).items():
+    found = contestants(p)
+    if absent := set(only or ()) - set(found):
+        print(f"  not here: {', '.join(sorted(absent))}; there are {', '.join(found)}")
+    for label, loss in found.items():
         if only and label not in only:
             continue
         try:

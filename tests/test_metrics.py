@@ -70,6 +70,12 @@ def test_questions_are_drawn_whole():
     assert width(apart) < 0.6 * width(once)
 
 
+def test_few_questions_need_a_higher_level():
+    assert metrics.level(1000) == pytest.approx(0.95, abs=5e-4)
+    assert metrics.level(16) == pytest.approx(0.9723, abs=1e-4)  # 2 Phi(2.1314 sqrt(16 / 15)) - 1
+    assert metrics.level(2) > 0.999
+
+
 @pytest.mark.parametrize(("name", "trials"), [("pearson", 400), ("mae", 400)])
 def test_intervals_cover_about_as_often_as_they_say(name, trials):
     """40 questions of 4 judgements, errors shared within a question; 95% +- 3 standard errors of the simulation.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +118,20 @@ def test_command_on_a_file(trained, tmp_path, capsys):
     assert cli.main(["score"]) == 2
     assert "score needs a judge" in capsys.readouterr().err
     assert cli.main([*words, "--batch", "0"]) == 2
+
+
+def test_command_answers_a_line_before_the_next_is_written(trained):
+    command = [sys.executable, "-m", "tract_fast", "score", trained, "--max_new_tokens", "20", "--batch", "1"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(command, env=buffered, **pipes) as score_:
+        for text in TEXTS:
+            score_.stdin.write(json.dumps({"prompt": text}).encode() + b"\n")
+            score_.stdin.flush()
+            assert select.select([score_.stdout], [], [], 60)[0], "nothing comes until the input ends"
+            assert "score" in json.loads(score_.stdout.readline())
+        score_.stdin.close()
+        assert score_.wait() == 0
 
 
 def run(trained: Path, head: str, tail: str) -> subprocess.CompletedProcess:

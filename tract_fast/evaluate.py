@@ -31,7 +31,7 @@ from tract_fast.data import batch as batches, feedback, prompt as prompts
 from tract_fast.data.feedback import Example
 from tract_fast.data.prompt import Encoded
 from tract_fast.errors import UserError
-from tract_fast.judge import Judge, Judgement
+from tract_fast.judge import Judge, Judgement, mean_of_known
 from tract_fast.metrics import MEASURES, agreement, with_intervals
 from tract_fast.model import TractModel
 from tract_fast.recipe import Generate, Recipe
@@ -301,10 +301,9 @@ def _mean(record: dict[str, Any], keep: Callable[[dict[str, Any]], bool]) -> dic
     draws = [draw for draw in record.get("draws", [record]) if keep(draw)]
     if not draws:
         return None
-    decoded = [draw["decoded_score"] for draw in draws if draw["decoded_score"] is not None]
     return record | {
         "expected_score": statistics.fmean(draw["expected_score"] for draw in draws),
-        "decoded_score": statistics.fmean(decoded) if decoded else None,
+        "decoded_score": mean_of_known(draw["decoded_score"] for draw in draws),
     }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +66,20 @@ class Judgement:
     @classmethod
     def of(cls, draws: Sequence[Draw]) -> Judgement:
         """The mean over one or more draws; decoded scores that do not exist are left out."""
-        decoded = [d.decoded_score for d in draws if d.decoded_score is not None]
         return cls(
             score=statistics.fmean(d.expected_score for d in draws),
             distribution=tuple(map(statistics.fmean, zip(*(d.distribution for d in draws), strict=True))),
             score_mass=statistics.fmean(d.score_mass for d in draws),
             rationale=draws[0].rationale,
-            decoded_score=statistics.fmean(decoded) if decoded else None,
+            decoded_score=mean_of_known(d.decoded_score for d in draws),
             draws=tuple(draws),
         )
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """The mean of what is not None; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 @dataclass(frozen=True)

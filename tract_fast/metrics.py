@@ -56,16 +56,25 @@ def with_intervals(
     """``{measure: {"value", "low", "high"}}`` with 95% intervals, None where undefined.
 
     Whole questions are drawn with replacement (judgements on one question share its answer), bias-corrected and
-    accelerated (BCa; Efron 1987), 1000 resamples. With fewer than two questions there is no interval.
+    accelerated (BCa; Efron 1987), 1000 resamples, the level raised for few questions (``level``). In a simulation
+    (``tests/coverage.py``) such intervals held the true Pearson r, RMSE and MAE in 91 to 92% with 16 questions of 4
+    judgements, in 93 to 97% with 40 and 80. With fewer than two questions there is no interval.
     """
     predicted, label = np.asarray(predicted, float), np.asarray(label, float)
-    _, number = np.unique(np.asarray(question, dtype=object).astype(str), return_inverse=True)
+    _, number = np.unique(np.array(question, dtype=str), return_inverse=True)
     members = [np.flatnonzero(number == q) for q in range(number.max(initial=-1) + 1)]
     found = {}
     for name in MEASURES:
         low, high = interval(name, predicted, label, members, seed=seed) if len(members) > 1 else (None, None)
         found[name] = {"value": measure(name, predicted, label), "low": low, "high": high}
     return found
+
+
+def level(questions: int) -> float:
+    """The bootstrap's level for 95% intervals: resampling ``questions`` units leaves out a factor of n / (n - 1) in the
+    variance and takes the normal's quantiles for Student's (Hesterberg 2015, arXiv 1411.5279)."""
+    quantile = stats.t.ppf((1 + CONFIDENCE) / 2, questions - 1) * math.sqrt(questions / (questions - 1))
+    return float(1 - 2 * stats.norm.sf(quantile))
 
 
 def interval(
@@ -85,14 +94,15 @@ def interval(
         return math.nan if value is None else value
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # no interval then, which is what is returned
+        # where resamples are all the same, or a measure is undefined on some: no interval, which is what is returned
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         warnings.simplefilter("ignore", RuntimeWarning)
         result = stats.bootstrap(
             (np.arange(len(members)),),
             statistic,
             vectorized=False,
             n_resamples=resamples,
-            confidence_level=CONFIDENCE,
+            confidence_level=level(len(members)),
             method="BCa",
             rng=np.random.default_rng(seed),
         )
