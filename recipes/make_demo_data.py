@@ -1,13 +1,12 @@
 """Make the demo's data: synthetic judgements of how courteous a shop's reply to a customer is.
 
-Nothing here was said by a person or written by a model: every text is put together from the lists below. A reply is an
-opening, the answer to the question, and a closing. Opening and closing are rude, plain or kind; the answer always is
-plain. The score is 3, one more for each kind part, one less for each rude part. The rationale quotes both parts and
-names their tones, so that the score follows from the rationale and the rationale from the reply: always in the same
-words, which a small model learns to write in a few steps.
+Nothing here was said by a person or written by a model: every text is put together from the lists below. A reply is
+the answer to the question and a closing whose tone is rude, cold, plain, polite or warm; the score is the tone's
+number. The rationale quotes the closing and names its tone, so that the score follows from the rationale and the
+rationale from the reply: always in the same words, which a small model learns to write in a few steps.
 
 Each question gets one reply per score: all scores are equally frequent in any set of questions, and a question says
-nothing about its score. Held-out questions are new; their openings and closings come from the same lists.
+nothing about its score. Held-out questions are new; their closings come from the same lists.
 
     python recipes/make_demo_data.py tract_fast/data/demo.jsonl            # write it
     python recipes/make_demo_data.py tract_fast/data/demo.jsonl --check    # exit 1 if it is not what would be written
@@ -86,50 +85,29 @@ QUESTIONS = {  # question: answer
     "When will the gate be mended?": "The gate is mended this week.",
     "Is the ferry running in a storm?": "The ferry stops at force nine.",
 }
-TONES = (-1, 0, 1)  # rude, plain, kind
-OPENINGS = {
-    -1: ["What a silly question.", "You again?", "Stop bothering us.", "How lazy of you."],
-    0: ["This is the answer.", "For your information:", "Your message arrived.", "According to our records:"],
-    1: [
-        "Thank you so much for asking!",
-        "What a lovely question!",
-        "It is a pleasure to help you!",
-        "Good morning, dear customer!",
-    ],
+CLOSINGS = {  # tone: how such a reply ends; the first tone scores 1, the last 5
+    "rude": ["Now go away.", "Stop wasting our time.", "Read the label, fool.", "You are a nuisance."],
+    "cold": ["Not our problem.", "Deal with it.", "Do not write again.", "We have other customers."],
+    "plain": ["That is all.", "A copy was filed.", "End of reply.", "The case is closed."],
+    "polite": ["Thank you for writing.", "Please let us know.", "We are at your service.", "Kind regards."],
+    "warm": ["Have a wonderful day!", "It was a joy to help!", "We are so glad you asked!", "A big hug from us all!"],
 }
-CLOSINGS = {
-    -1: ["Now go away.", "Stop wasting our time.", "Not our problem.", "Deal with it."],
-    0: ["That is all.", "The case is closed.", "A copy was filed.", "End of reply."],
-    1: ["Have a wonderful day!", "Warm wishes to you!", "It was a joy to help!", "We hope to see you soon!"],
-}
-NAMES = {-1: "rude", 0: "plain", 1: "kind"}
-RATIONALE = 'The opening "{opening}" is {first}. The closing "{closing}" is {second}.'
-# The layout of the Feedback Collection, shortened so that a step on a CPU takes seconds: no task description, no
-# reference answer
-PROMPT = """###The instruction to evaluate:
-{question}
-
-###Response to evaluate:
-{reply}
-
-###Score Rubrics:
-1: rude, 3: plain or mixed, 5: kind
-
-###Feedback: """
+RATIONALE = 'The words "{closing}" are {tone}.'
+# Short, so that a step on a CPU takes seconds
+PROMPT = """Customer: {question}
+Shop: {answer} {closing}
+Courtesy, from 1 (rude) to 5 (warm)?"""
 
 
 def judgement(number: int, question: str, answer: str, score: int, rng: random.Random) -> dict:
     """One record in the plain form: a reply that deserves ``score``, and the rationale that says why."""
-    first, second = rng.choice([(a, b) for a in TONES for b in TONES if 3 + a + b == score])
-    opening, closing = rng.choice(OPENINGS[first]), rng.choice(CLOSINGS[second])
-    rationale = RATIONALE.format(
-        opening=opening.rstrip(".:"), closing=closing.rstrip(".:"), first=NAMES[first], second=NAMES[second]
-    )
+    tone = list(CLOSINGS)[score - 1]
+    closing = rng.choice(CLOSINGS[tone])
     return {
         "id": f"demo-{number:02}-{score}",
         "question": question,
-        "prompt": PROMPT.format(question=question, reply=f"{opening} {answer} {closing}"),
-        "rationale": rationale,
+        "prompt": PROMPT.format(question=question, answer=answer, closing=closing),
+        "rationale": RATIONALE.format(closing=closing.rstrip("."), tone=tone),
         "score": score,
     }
 

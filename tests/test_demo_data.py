@@ -15,7 +15,7 @@ from tract_fast.data.feedback import Example, read_examples, split_by_question
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tract_fast" / "data" / "demo.jsonl"
-TONE = {name: tone for tone, name in make_demo_data.NAMES.items()}
+TONES = list(make_demo_data.CLOSINGS)
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +61,15 @@ def test_ids_and_prompts_are_distinct(examples: list[Example]):
 
 def test_score_follows_from_the_rationale_and_the_rationale_from_the_reply(examples: list[Example]):
     for e in examples:
-        reply = e.prompt.split("###Response to evaluate:\n")[1].split("\n\n###")[0]
-        _, opening, between, closing, end = e.rationale.split('"')
-        assert reply.startswith(opening) and reply.rstrip(".:").endswith(closing)
-        tones = [next(tone for name, tone in TONE.items() if name in text) for text in (between, end)]
-        assert e.score == 3 + sum(tones)
+        reply = e.prompt.split("\nShop: ")[1].split("\n")[0]
+        _, closing, end = e.rationale.split('"')
+        assert reply.rstrip(".").endswith(closing)
+        assert end == f" are {TONES[int(e.score) - 1]}."
 
 
-def test_a_phrase_has_one_tone():
-    for phrases in (make_demo_data.OPENINGS, make_demo_data.CLOSINGS):
-        everything = [phrase for tone in phrases.values() for phrase in tone]
-        assert len(set(everything)) == len(everything)
+def test_a_closing_has_one_tone():
+    everything = [closing for closings in make_demo_data.CLOSINGS.values() for closing in closings]
+    assert len(set(everything)) == len(everything)
 
 
 def test_recipe_is_found_beside_an_installed_package_and_in_a_checkout():

@@ -132,13 +132,14 @@ class Judge:
         if adapter and not source:
             raise UserError(f"{adapter / DESCRIPTION} names no base_model for the adapter: use the merged folder")
         model = Model(path=source, dtype=chosen)
-        caps = getattr(load_config(model).get_text_config(), "attn_logit_softcapping", None)
+        config = load_config(model)
+        caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)
         tokenizer = load_tokenizer(Model(path=str(adapter)) if adapter else model)
         scale = find_scale(tokenizer, found.labels, found.values, rationale=found.rationale)
         if about:
             check_tokens(folder / DESCRIPTION, about, scale)
         prompts.check_tokenizer(tokenizer, scale, found.chat_template_kwargs or {})
-        lm = load_lm(model, dtype=DTYPES[chosen], attention_name="eager" if caps else "sdpa")
+        lm = load_lm(model, dtype=DTYPES[chosen], attention_name="eager" if caps else "sdpa", config=config)
         if adapter:
             lm = _merged(lm, adapter)
         return cls(lm.to(device), tokenizer, scale, found)

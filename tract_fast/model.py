@@ -154,10 +154,11 @@ def logit_transform(config) -> tuple[float | None, float]:
     return getattr(text, "final_logit_softcapping", None), float(scale or 1.0) / float(divisor or 1.0)
 
 
-def load_lm(model: Model, *, dtype: torch.dtype, attention_name: str):
+def load_lm(model: Model, *, dtype: torch.dtype, attention_name: str, config=None):
     """The pretrained causal LM, on the CPU, its weights in ``dtype`` (a GGUF file is dequantised).
 
-    Only safetensors and GGUF are read: a pickled checkpoint can run code. Raises UserError where weights are missing.
+    ``config`` is that of ``load_config`` where it is at hand: reading it again from a GGUF file takes seconds. Only
+    safetensors and GGUF are read: a pickled checkpoint can run code. Raises UserError where weights are missing.
     """
     import transformers
 
@@ -168,6 +169,8 @@ def load_lm(model: Model, *, dtype: torch.dtype, attention_name: str):
         form = {"quantization_config": transformers.GgufConfig(dequantize=True)}
     else:
         form = {}
+    if config is not None:
+        form["config"] = config
     lm, info = _from_pretrained(
         transformers.AutoModelForCausalLM,
         model,
@@ -258,7 +261,8 @@ def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.de
     say(f"attention: {name} ({reason})")
     implementation, reason = choose_loss(recipe.loss.implementation, dtype, device, config)
     say(f"loss: {implementation} ({reason})")
-    lm = load_lm(recipe.model, dtype=dtype if recipe.lora.rank else torch.float32, attention_name=name)
+    stored = dtype if recipe.lora.rank else torch.float32
+    lm = load_lm(recipe.model, dtype=stored, attention_name=name, config=config)
     check_head(lm, tokenizer, recipe.model.path)
     lm.to(device)
     if device.type == "cuda":
