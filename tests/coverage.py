@@ -1,6 +1,6 @@
 """How often the 95% intervals of ``metrics`` hold the true value, by simulation.
 
-    python -m tests.coverage [--trials N] [--questions Q ...]
+    python -m tests.coverage [--trials N] [--questions Q ...] [--resamples R]
 
 Judgements come in questions: true scores 1 to 5, an error that a question's four judgements share and one of each. The
 true value is that of a million judgements. Prints a table.
@@ -43,12 +43,13 @@ def coverage(name: str, *, trials: int, questions: int, resamples: int) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--questions", type=int, nargs="+", default=[16, 80])
+    parser.add_argument("--trials", type=int, default=1000)
+    parser.add_argument("--questions", type=int, nargs="+", default=[10, 16, 40, 80])
+    parser.add_argument("--resamples", type=int, default=200)
     args = parser.parse_args()
     for questions in args.questions:
         for name in metrics.MEASURES:
-            share = coverage(name, trials=args.trials, questions=questions, resamples=metrics.RESAMPLES)
+            share = coverage(name, trials=args.trials, questions=questions, resamples=args.resamples)
             print(f"{questions} questions of {EACH}: {name:8} {share:.1%} of {args.trials}", flush=True)
 
 

@@ -70,18 +70,37 @@ def test_questions_are_drawn_whole():
     assert width(apart) < 0.6 * width(once)
 
 
-def test_few_questions_need_a_higher_level():
-    assert metrics.level(1000) == pytest.approx(0.95, abs=5e-4)
-    assert metrics.level(16) == pytest.approx(0.9723, abs=1e-4)  # 2 Phi(2.1314 sqrt(16 / 15)) - 1
-    assert metrics.level(2) > 0.999
+def test_interval_is_students_t_on_the_scale_where_the_measure_varies_evenly():
+    """Errors that are independent draws: the mean's standard error is known."""
+    rng = np.random.default_rng(2)
+    size = rng.uniform(0.5, 1.5, 12)
+    found = with_intervals(size, np.zeros(12), [str(i) for i in range(12)])["mae"]
+    assert math.sqrt(found["low"] * found["high"]) == pytest.approx(found["value"])  # symmetric as logarithms
+    half = stats.t.ppf(0.975, 11) * size.std(ddof=1) / math.sqrt(12) / size.mean()  # of log(mean), to first order
+    assert math.log(found["high"] / found["low"]) / 2 == pytest.approx(half, rel=0.1)
+    label = np.arange(12.0)
+    found = with_intervals(label + rng.normal(0, 2, 12), label, [str(i) for i in range(12)])["pearson"]
+    middle = (math.atanh(found["low"]) + math.atanh(found["high"])) / 2
+    assert math.tanh(middle) == pytest.approx(found["value"])
+    assert -1 < found["low"] < found["high"] < 1
 
 
-@pytest.mark.parametrize(("name", "trials"), [("pearson", 400), ("mae", 400)])
-def test_intervals_cover_about_as_often_as_they_say(name, trials):
-    """40 questions of 4 judgements, errors shared within a question; 95% +- 3 standard errors of the simulation.
+def test_a_few_undefined_resamples_are_left_out_and_many_leave_no_interval():
+    """One question with an error: resamples without it have none, and log 0 is no number."""
+    one_of_six = with_intervals([1.5, 2, 3, 4, 5, 1], [1, 2, 3, 4, 5, 1], list("abcdef"))  # a third lack it
+    assert one_of_six["mae"] == {"value": pytest.approx(1 / 12), "low": None, "high": None}
+    right = [1.0, 2.0, 3.0, 4.0, 5.0]
+    three_of_six = with_intervals([1.5, 2.5, 3.5, *right[:3]], [1, 2, 3, *right[:3]], list("abcdef"))  # 1 in 64
+    assert three_of_six["mae"]["low"] < 0.25 < three_of_six["mae"]["high"]
+
+
+@pytest.mark.parametrize("questions", [16, 40])
+@pytest.mark.parametrize("name", ["pearson", "mae"])
+def test_intervals_cover_about_as_often_as_they_say(name, questions, trials=400):
+    """Questions of 4 judgements, errors shared within a question; 95% +- 3 standard errors of the simulation.
     More trials, all measures: ``python -m tests.coverage``."""
     from tests.coverage import coverage
 
-    share = coverage(name, trials=trials, questions=40, resamples=200)
+    share = coverage(name, trials=trials, questions=questions, resamples=200)
     allowed = 3 * math.sqrt(0.95 * 0.05 / trials) + 0.01  # the resamples are few here
     assert abs(share - metrics.CONFIDENCE) < allowed
