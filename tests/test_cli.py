@@ -83,7 +83,7 @@ def test_version(capsys):
     ("argv", "message"),
     [
         (["trian"], "trian is no command; did you mean train?; tract-fast --help lists them"),
-        (["generate"], "generate is no command of this version; tract-fast --help lists them"),
+        (["plan"], "plan is no command of this version; tract-fast --help lists them"),
         (["my.yaml"], "my.yaml is no command; did you mean tract-fast train my.yaml?; tract-fast --help lists them"),
         (["--hlep"], "--hlep is no command; tract-fast --help lists them"),
         (["train", "none.yaml"], "none.yaml: no such recipe file"),

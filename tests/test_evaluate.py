@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tract_fast import cli, evaluate
+from tract_fast import cli, evaluate, judging
 from tract_fast.data.feedback import Example, cut_rationale, has_verdict, read_label
 from tract_fast.errors import UserError
-from tract_fast.evaluate import Source, by_prompt, summary
+from tract_fast.evaluate import by_prompt, summary
 from tract_fast.judge import Judge
+from tract_fast.judging import Source
 from tract_fast.metrics import with_intervals
-from tract_fast.recipe import Generate
+from tract_fast.recipe import Sampling
 
 LABELS = ("1", "2", "3", "4", "5")
-SHORT = Generate(n=2, max_new_tokens=40)
+SHORT = Sampling(n=2, max_new_tokens=40)
 
 
 def example(id: str, prompt: str, score: float, question: str = "q") -> Example:
@@ -95,7 +96,7 @@ def test_killed_between_batches_it_goes_on_to_the_same_bytes(trained, done, tmp_
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"settings": Generate(n=2, max_new_tokens=41)}, "generate"),
+        ({"settings": Sampling(n=2, max_new_tokens=41)}, "generate"),
         ({"batch": 6}, "batch"),
         ({"teacher_forced": True}, "rationales"),
     ],
@@ -103,7 +104,7 @@ def test_killed_between_batches_it_goes_on_to_the_same_bytes(trained, done, tmp_
 def test_other_settings_need_another_folder(trained, done, changes, key):
     settings = changes.pop("settings", SHORT)
     before = (done / "predictions.jsonl").read_bytes()
-    with pytest.raises(UserError, match=rf"holds an evaluation with {key} = .*: give another --out"):
+    with pytest.raises(UserError, match=rf"holds predictions with {key} = .*: give another --out"):
         evaluate.run(str(trained), data_of(trained), done, settings, **{"batch": 4} | changes, say=quiet)
     assert (done / "predictions.jsonl").read_bytes() == before
 
@@ -112,7 +113,7 @@ def test_another_judge_or_other_data_need_another_folder(trained, done, tmp_path
     plain = shutil.copytree(trained / "judge", tmp_path / "judge")
     about = json.loads((plain / "tract.json").read_text())
     (plain / "tract.json").write_text(json.dumps(about | {"normalize": "vocab"}))
-    with pytest.raises(UserError, match=r"normalize = scores, and this one has vocab"):
+    with pytest.raises(UserError, match=r"normalize = scores, and these have vocab"):
         evaluate.run(str(plain), data_of(trained), done, SHORT, batch=4, say=quiet)
     with pytest.raises(UserError, match=r"data_fingerprint"):
         evaluate.run(str(trained), Source(data=str(trained.parent / "data.jsonl")), done, SHORT, batch=4, say=quiet)
@@ -127,7 +128,7 @@ def test_teacher_forced_scores_each_rationale(trained, tmp_path):
 
 
 def test_given_rationales_need_no_room_for_new_ones(trained, tmp_path):
-    much = Generate(max_new_tokens=5000)
+    much = Sampling(max_new_tokens=5000)
     with pytest.raises(UserError, match="has room for 0"):
         evaluate.run(str(trained), data_of(trained), tmp_path / "a", much, say=quiet)
     assert evaluate.run(str(trained), data_of(trained), tmp_path / "b", much, teacher_forced=True, say=quiet)["n"] == 6
@@ -144,10 +145,10 @@ def test_broken_prediction_lines_are_named(trained, done, tmp_path):
 def test_rationale_may_hold_any_kind_of_line_break(tmp_path):
     path = tmp_path / "predictions.jsonl"
     records = {str(i): {"id": str(i), "rationale": f"a{mark}b"} for i, mark in enumerate("\u2028\x85\x0b\x1c\r\n")}
-    path.write_text("".join(map(evaluate._line, records.values())), encoding="utf-8", newline="")
-    assert evaluate.read_predictions(path) == records
+    path.write_text("".join(map(judging.line, records.values())), encoding="utf-8", newline="")
+    assert judging.read_predictions(path) == records
     path.write_text("")
-    assert evaluate.read_predictions(path) == {}
+    assert judging.read_predictions(path) == {}
 
 
 def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):

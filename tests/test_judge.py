@@ -20,14 +20,14 @@ from tests.tiny_runs import tiny_recipe
 from tract_fast import checkpoint, train
 from tract_fast.data import prompt as prompts
 from tract_fast.errors import UserError
-from tract_fast.generate import KeepTopP, PickByUniform, RoomyLayer, sample, uniforms
 from tract_fast.judge import Draw, Judge, Judgement, after
 from tract_fast.prepare import prepare
-from tract_fast.recipe import Generate
+from tract_fast.recipe import Sampling
+from tract_fast.sample import KeepTopP, PickByUniform, RoomyLayer, sample, uniforms
 from tract_fast.shard import start_ranks
 
 TEXTS = ["Is the reply kind?", "The reply is curt, it misses the point. Is the reply kind?", "Why?"]
-SHORT = Generate(max_new_tokens=12)
+SHORT = Sampling(max_new_tokens=12)
 
 
 def alone(judge: Judge, ids: list[int], rationale: list[int]) -> tuple[list[float], float]:
@@ -69,7 +69,7 @@ def test_score_after_any_part_of_what_was_written(family, cuts):
         np.testing.assert_allclose(probs[b], np.array(want) / total, rtol=2e-3)
 
 
-def naive(judge: Judge, ids: list[int], settings: Generate, text: str, draw: int) -> list[int]:
+def naive(judge: Judge, ids: list[int], settings: Sampling, text: str, draw: int) -> list[int]:
     """Sampling as one would write it for one sequence: no cache, no batch, no library."""
     written: list[int] = []
     numbers = uniforms(settings.seed, text, draw, settings.max_new_tokens)
@@ -97,9 +97,9 @@ def naive(judge: Judge, ids: list[int], settings: Generate, text: str, draw: int
 @pytest.mark.parametrize(
     "settings",
     [
-        Generate(temperature=0, repetition_penalty=1.3, max_new_tokens=12),
-        Generate(n=2, temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12),
-        Generate(n=2, temperature=0.7, top_p=0.8, repetition_penalty=1.2, max_new_tokens=12),
+        Sampling(temperature=0, repetition_penalty=1.3, max_new_tokens=12),
+        Sampling(n=2, temperature=1.0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=12),
+        Sampling(n=2, temperature=0.7, top_p=0.8, repetition_penalty=1.2, max_new_tokens=12),
     ],
 )
 def test_samples_are_those_of_plain_sampling(settings):
@@ -385,4 +385,4 @@ def test_mean_over_draws():
 )
 def test_settings_that_cannot_work_are_refused(setting, message):
     with pytest.raises(UserError, match=message):
-        Generate(**setting)
+        Sampling(**setting)

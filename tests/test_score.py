@@ -15,13 +15,13 @@ import pytest
 from tests.tiny_judges import random_judge
 from tract_fast import cli, score
 from tract_fast.data import prompt as prompts
-from tract_fast.recipe import Generate
+from tract_fast.recipe import Sampling
 
-SHORT = Generate(max_new_tokens=12)
+SHORT = Sampling(max_new_tokens=12)
 TEXTS = ["Is the reply kind?", "The reply is curt, it misses the point. Is the reply kind?", "Why?"]
 
 
-def answers(judge, lines: list, settings: Generate = SHORT, batch: int = 16) -> tuple[list[dict], int]:
+def answers(judge, lines: list, settings: Sampling = SHORT, batch: int = 16) -> tuple[list[dict], int]:
     raw = [line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n" for line in lines]
     out = io.StringIO()
     failed = score.run(judge, raw, "stdin", out, settings, batch)
@@ -44,7 +44,7 @@ def test_every_line_is_answered_in_its_place():
 
 
 def test_several_draws_are_shown_each():
-    found, _ = answers(random_judge(), [{"prompt": TEXTS[0]}], Generate(n=3, max_new_tokens=12))
+    found, _ = answers(random_judge(), [{"prompt": TEXTS[0]}], Sampling(n=3, max_new_tokens=12))
     assert len(found[0]["draws"]) == 3
 
 

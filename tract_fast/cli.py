@@ -1,4 +1,4 @@
-"""The command line: ``tract-fast train | export | evaluate | score | demo | doctor``.
+"""The command line: ``tract-fast train | export | generate | evaluate | score | demo | doctor``.
 
 Commands import what they need when they run.
 """
@@ -17,12 +17,13 @@ import tyro
 
 from tract_fast import __version__, recipe as recipes
 from tract_fast.errors import RunStopped, UserError
-from tract_fast.recipe import Generate
+from tract_fast.recipe import Generate, Sampling
 
 PROG = "tract-fast"
 # flags without a value
 SWITCHES = {"--help", "-h", "--dry-run", "--dry_run", "--teacher-forced", "--teacher_forced", "--skip"}
-LATER = ("generate", "run", "plan")  # commands that are not in this version
+LISTS = {"--drop"}  # flags with one value or more
+LATER = ("run", "plan")  # commands that are not in this version
 
 
 def train(
@@ -63,10 +64,44 @@ def export(
     return 0
 
 
-def evaluate(
+def generate(
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
     settings: Annotated[Generate, tyro.conf.arg(name="")],
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/generate"),
+    holdout: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.0,
+    split_seed: Annotated[int, tyro.conf.arg(metavar="N")] = 42,
+    limit: Annotated[int, tyro.conf.arg(metavar="N")] = 0,
+    skip: tyro.conf.FlagCreatePairsOff[bool] = False,
+    dtype: Annotated[str, tyro.conf.arg(metavar="auto|bfloat16|float32")] = "auto",
+) -> int:
+    """Have a trained judge write rationales for its training prompts, with the true scores: data for stage 2.
+
+    Stopped, the same command goes on where it was, with the same rationales.
+
+    Args:
+        model: A judge that export wrote: merged, or an adapter.
+        data: Judgements with true scores, in the forms that train reads.
+        settings: How rationales are sampled, and which are left out.
+        out: Folder for rationales.jsonl, health.json and predictions.jsonl.
+        holdout: The data.holdout of the judge's training: its held-out questions get no rationales; 0: all do.
+        split_seed: The train.seed of that training.
+        limit: Only the first so many examples; 0: all.
+        skip: Leave out and list broken records and prompts that are too long, instead of stopping.
+        dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
+    """
+    from tract_fast import generate as generation
+    from tract_fast.judging import Source
+
+    source = Source(data=data, holdout=holdout, split_seed=split_seed, limit=limit or None, skip=skip)
+    generation.show(generation.run(model, source, out, settings, dtype=dtype), out)
+    return 0
+
+
+def evaluate(
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")],
+    settings: Annotated[Sampling, tyro.conf.arg(name="")],
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/evaluate"),
     teacher_forced: tyro.conf.FlagCreatePairsOff[bool] = False,
     holdout: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.0,
@@ -94,8 +129,9 @@ def evaluate(
         dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
     """
     from tract_fast import evaluate as evaluation
+    from tract_fast.judging import Source
 
-    source = evaluation.Source(data=data, holdout=holdout, split_seed=split_seed, limit=limit or None, skip=skip)
+    source = Source(data=data, holdout=holdout, split_seed=split_seed, limit=limit or None, skip=skip)
     options = {"teacher_forced": teacher_forced, "batch": batch, "dtype": dtype}
     evaluation.show(evaluation.run(model, source, out, settings, **options), out)
     return 0
@@ -103,7 +139,7 @@ def evaluate(
 
 def score(
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")],
-    settings: Annotated[Generate, tyro.conf.arg(name="")],
+    settings: Annotated[Sampling, tyro.conf.arg(name="")],
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")] = Path("-"),
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
     dtype: Annotated[str, tyro.conf.arg(metavar="auto|bfloat16|float32")] = "auto",
@@ -154,6 +190,7 @@ def doctor() -> int:
 COMMANDS = {
     "train": train,
     "export": export,
+    "generate": generate,
     "evaluate": evaluate,
     "score": score,
     "demo": demo,
@@ -162,6 +199,7 @@ COMMANDS = {
 WORDS = {  # what a command takes besides flags, as it is told to who leaves it out; those in brackets may be left out
     "train": ("a recipe: tract-fast train RECIPE.yaml", 1, 1),
     "export": ("a run: tract-fast export RUN_DIR", 1, 1),
+    "generate": ("a judge and data: tract-fast generate MODEL DATA", 2, 2),
     "evaluate": ("a judge and data: tract-fast evaluate MODEL DATA", 2, 2),
     "score": ("a judge: tract-fast score MODEL [FILE]", 1, 2),
 }
@@ -213,11 +251,14 @@ def _dispatch(argv: list[str]) -> int:
 def _check_words(command: str, argv: list[str]) -> None:
     """Raise UserError where a word that a command takes is missing, or there are more."""
     wanted, least, most = WORDS.get(command, ("", 0, 0))
-    words, skip = [], False
+    words, flag = [], ""  # the flag that takes the next word
     for word in argv:
-        if not skip and (word == "-" or not word.startswith("-")):
+        if word != "-" and word.startswith("-"):
+            flag = word if word.startswith("--") and "=" not in word and word not in SWITCHES else ""
+        elif not flag:
             words.append(word)
-        skip = not skip and word.startswith("--") and "=" not in word and word not in SWITCHES
+        elif flag not in LISTS:
+            flag = ""
     if {"--help", "-h"} & set(argv):
         return
     if len(words) < least:

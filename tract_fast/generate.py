@@ -1,217 +1,170 @@
-"""Rationales: sampled in batches by transformers, each from its own seed, with the cache that the score is read from.
+"""Rationales for the second stage: a judge writes them for its training prompts, and the true scores are attached.
 
-The prompts of a batch are computed once, whatever the number of draws; generation goes on from that cache. A token is
-chosen by inverting the distribution's cumulative sum at a uniform number that depends on (seed, prompt, draw, position)
-alone, so a sample is the same wherever its prompt stands in the data. Arithmetic does depend, in the last bits, on what
-else is in the batch: the same batches give the same samples.
-
-Legend: B prompts, n draws each, S = B n sequences, P padded prompt length, T generated tokens, V vocabulary.
+``tract-fast generate``: read -> judge (``judging``) -> health of what was written -> ``rationales.jsonl``, data that
+``train`` reads. A judge's own score is not trained on; it is kept in ``predictions.jsonl`` and says how far the
+rationale leads to the true one. The authors (TRACT, arXiv 2503.04381) leave out nothing; what ``drop`` names is left
+out and counted, and so are empty rationales, from which nothing can be learnt.
 """
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import itertools
-import re
-from collections.abc import Sequence
+import json
+import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from transformers import (
-    Cache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-)
-from transformers.cache_utils import DynamicLayer
+from rich.console import Console
+from rich.table import Table
 
-from tract_fast.recipe import Generate
+from tract_fast.checkpoint import make_folder, replace_file
+from tract_fast.data.feedback import Example
+from tract_fast.errors import UserError
+from tract_fast.evaluate import interval
+from tract_fast.judge import Judge
+from tract_fast.judging import Item, Say, Source, draws, judge_all, line, read_examples, render
+from tract_fast.metrics import with_intervals
+from tract_fast.recipe import Fault, Generate
 
-# a score and what shows that it is whole; the tail of a text is enough to find it in
-SCORE_IS_WRITTEN = re.compile(r"(?:So the overall score is\s+(?:an? )?|\[RESULT\][\s:]*)\S+\s")
-TAIL = 32  # tokens
-MIN_ROOM = 64  # slots
-LIKELIEST = 1024
+RATIONALES, HEALTH = "rationales.jsonl", "health.json"
+NGRAM = 4  # words
+REPEATED = 0.5  # share of a rationale's n-grams that came before in it, from which it counts as repeated
+ODD_LENGTH = 4  # times the annotated median, or one part in so many
+FAR = 0.25  # of the scale, between own and true score: one point of 1 to 5
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """What generation leaves: ``tokens[s]`` of sequence s without its end token, and the cache, whose slots are the
-    padded prompt (``padding[s]`` of them empty) and then the tokens, the last not always."""
+class Written:
+    """One rationale, with what is known of it."""
 
-    tokens: list[list[int]]
-    cache: Cache
-    padding: Tensor  # (S,) int64
-    width: int  # P
-
-
-def uniforms(seed: int, prompt: str, draw: int, count: int) -> np.ndarray:
-    """``count`` numbers in [0, 1), float64, that only these arguments decide."""
-    digest = hashlib.sha256(f"{seed} {draw} {prompt}".encode("utf-8", "surrogatepass")).digest()
-    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32)).random(count)
+    item: Item
+    number: int
+    text: str
+    expected_score: float
+    complete: bool
+    tokens: int
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room for tokens to come: its parent copies all it holds at every token, which was 58% of a
-    step's time (SmolLM2-135M, 24 sequences of 1200 tokens, float32, two AVX2 cores). Keeps everything, windows or not.
+def run(
+    model: str, source: Source, out: Path, settings: Generate, *, dtype: str = "auto", say: Say = print
+) -> dict[str, Any]:
+    """Have a judge (see ``Judge.from_pretrained``) write ``settings.n`` rationales for each training example of
+    ``source``; returns what ``health.json`` holds.
+
+    Writes ``rationales.jsonl`` (one record a rationale: id, prompt, rationale, score, question, weight),
+    ``health.json`` and what ``judging.judge_all`` does in ``out``; one that was begun with the same settings is gone on
+    with. An example whose prompt others have, too, gets draws of its own. Raises UserError before any generation where
+    data, model or settings cannot work, or ``out`` holds another generation.
     """
-
-    room: tuple[Tensor, Tensor] | None = None  # (S, heads, slots, width) each; keys and values are views into them
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        held = self.get_seq_length()
-        total = held + key_states.shape[-2]
-        ours = self.room is not None and self.keys.data_ptr() == self.room[0].data_ptr()
-        if not ours or len(key_states) != len(self.room[0]) or total > self.room[0].shape[-2]:
-            slots = total + max(MIN_ROOM, total // 8)
-            self.room = tuple(x.new_empty(*x.shape[:2], slots, x.shape[3]) for x in (key_states, value_states))
-            if held:
-                self.room[0][:, :, :held], self.room[1][:, :, :held] = self.keys, self.values
-        self.room[0][:, :, held:total], self.room[1][:, :, held:total] = key_states, value_states
-        self.keys, self.values = (x[:, :, :total] for x in self.room)
-        return self.keys, self.values
-
-
-class KeepTopP(LogitsProcessor):
-    """Takes out all but the likeliest tokens that together have probability ``top_p``, and those as likely as the last.
-
-    transformers' own sorts the whole vocabulary, half of a step's time on a CPU (V = 49152); here only ``LIKELIEST``
-    tokens are sorted, unless they do not suffice.
-    """
-
-    def __init__(self, top_p: float):
-        self.top_p = top_p
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        probs = scores.softmax(dim=-1)
-        likeliest = probs.topk(min(LIKELIEST, probs.shape[1])).values
-        if (likeliest.sum(-1) < self.top_p).any():
-            likeliest = probs.sort(descending=True).values
-        last = (likeliest.cumsum(-1) < self.top_p).sum(-1, keepdim=True).clamp_(max=likeliest.shape[1] - 1)
-        return scores.masked_fill(probs < likeliest.gather(1, last), -torch.inf)
+    make_folder(out, "--out")
+    judge = Judge.from_pretrained(model, dtype=dtype, say=say)
+    if not judge.writes:
+        raise UserError(f"{model} was trained without rationales (data.rationale: drop) and writes none")
+    examples, left_out = read_examples(judge, source, held_out=False, rationale="optional", say=say)
+    annotated = [len(e.rationale.split()) for e in examples if e.rationale]
+    items = items_of(examples[: source.limit], settings.n)
+    items = render(judge, items, settings.max_new_tokens, skip=source.skip, left_out=left_out, say=say)
+    records, job = judge_all(judge, items, settings, out, batch=settings.batch, given=False, say=say)
+    found = [one for item, record in zip(items, records, strict=True) for one in written(item, record)]
+    span = max(judge.scale.values) - min(judge.scale.values)
+    faults = [list(faults_of(one, annotated, span, settings.max_new_tokens)) for one in found]
+    kept = [one for one, own in zip(found, faults, strict=True) if not {"empty", *settings.drop} & set(own)]
+    labels = dict(zip(judge.scale.values, judge.scale.labels, strict=True))
+    replace_file(out / RATIONALES, "".join(line(example(one, settings.n, labels)) for one in kept))
+    health = health_of(found, faults, annotated) | {"kept": len(kept), "dropped_for": ["empty", *settings.drop]}
+    health |= {"left_out": left_out, "model": model, "data": source.data, **job}
+    replace_file(out / HEALTH, json.dumps(health, indent=2) + "\n")
+    if not kept:
+        raise UserError(f"none of {len(found)} rationales is left: see {out / HEALTH}")
+    return health
 
 
-class PickByUniform(LogitsProcessor):
-    """Leaves one token of each row possible: where the cumulative distribution passes the row's uniform number."""
-
-    def __init__(self, numbers: Tensor, width: int):
-        self.numbers, self.width = numbers, width  # (S, T) float64; P
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        chances = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-        place = self.numbers[:, input_ids.shape[1] - self.width, None] * chances[:, -1:]
-        chosen = torch.searchsorted(chances, place, right=True).clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+def items_of(examples: Sequence[Example], n: int) -> list[Item]:
+    """An item per example, its draws after those of the examples before it with the same prompt."""
+    seen: dict[str, int] = {}
+    items = []
+    for e in examples:
+        first = seen.get(e.prompt, 0)
+        seen[e.prompt] = first + n
+        items.append(Item(e.id, e.prompt, "", e.score, e.question, first, e.weight))
+    return items
 
 
-class StopAtScore(StoppingCriteria):
-    """Ends a sequence when its text holds a score and a space after it."""
-
-    def __init__(self, tokenizer, width: int):
-        self.tokenizer, self.width = tokenizer, width
-
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        tails = self.tokenizer.batch_decode(input_ids[:, self.width :][:, -TAIL:])
-        return torch.tensor([bool(SCORE_IS_WRITTEN.search(tail)) for tail in tails], device=input_ids.device)
+def written(item: Item, record: dict[str, Any]) -> Iterator[Written]:
+    """The rationales of one prediction."""
+    for number, draw in enumerate(draws(record)):
+        fields = (draw[name] for name in ("rationale", "expected_score", "complete", "tokens"))
+        yield Written(item, number, *fields)
 
 
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(ids (B, L) int64, mask (B, L) int64, 0 at padding). A row is padded with its own first token: what is masked
-    must not add a token to those that the repetition penalty counts."""
-    width = max(map(len, rows))
-    ids = [[row[0]] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+def example(one: Written, n: int, labels: dict[float, str]) -> dict[str, Any]:
+    """A training record. ``labels``: what to write for each value of the scale."""
+    item = one.item
+    record = {
+        "id": f"{item.id}/{one.number}" if n > 1 else item.id,
+        "question": item.question,
+        "prompt": item.prompt,
+        "rationale": one.text,
+        "score": labels.get(item.label, item.label),
+    }
+    return record | ({"weight": item.weight} if item.weight != 1 else {})
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Positions of unpadded tokens from 0 on; 0 at padding."""
-    return (mask.cumsum(-1) - 1).clamp_(min=0)
+def faults_of(one: Written, annotated: Sequence[int], span: float, most: int) -> Iterator[str]:
+    """What is the matter with a rationale, by the names of ``generate.drop``, and "empty"."""
+    words = one.text.split()
+    if not words:
+        yield "empty"
+    if not one.complete:
+        yield "no_score"
+    if not one.complete and one.tokens >= most:
+        yield "truncated"
+    if repeated(words) > REPEATED:
+        yield "repeated"
+    if annotated:
+        usual = statistics.median(annotated)
+        if not usual / ODD_LENGTH <= len(words) <= usual * ODD_LENGTH:
+            yield "length"
+    if abs(one.expected_score - one.item.label) > FAR * span:
+        yield "disagree"
 
 
-def take_end_tokens(lm: nn.Module, eos_id: int) -> list[int]:
-    """Tokens that end a reply: the judge's, and those that the model's own generation settings name.
-
-    Those settings are emptied: transformers would take from them whatever ours leave open.
-    """
-    own = lm.generation_config.eos_token_id
-    lm.generation_config = GenerationConfig()
-    return sorted({eos_id, *([own] if isinstance(own, int) else own or [])})
+def repeated(words: Sequence[str]) -> float:
+    """The share of a text's n-grams of NGRAM words that came before in it."""
+    grams = [tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def cache_name(lm: nn.Module) -> str:
-    """What a model calls the cache that it is given: it was renamed in transformers 5.24."""
-    return "cache" if "cache" in inspect.signature(lm.forward).parameters else "past_key_values"
+def health_of(found: Sequence[Written], faults: Sequence[Sequence[str]], annotated: Sequence[int]) -> dict[str, Any]:
+    """How the rationales are: faults counted, lengths in words beside the annotated, own scores against the true."""
+    columns = ([one.expected_score for one in found], [one.item.label for one in found])
+    lengths = [len(one.text.split()) for one in found]
+    return {
+        "n": len(found),
+        "faults": {name: sum(name in own for own in faults) for name in ("empty", *get_args(Fault))},
+        "words": quartiles(lengths),
+        "words_annotated": quartiles(annotated),
+        "repeated_mean": statistics.fmean(repeated(one.text.split()) for one in found),
+        "agreement": with_intervals(*columns, [one.item.question for one in found]),
+    }
 
 
-@torch.no_grad()
-def sample(
-    lm: nn.Module, tokenizer, prompts: Sequence[str], ids: Sequence[Sequence[int]], settings: Generate, ends: list[int]
-) -> Sampled:
-    """``settings.n`` rationales for each of the ``prompts``, whose rendered tokens are ``ids``, in that order.
-
-    A sequence ends with one of the tokens ``ends``, with its score (``StopAtScore``), or at ``max_new_tokens``.
-    """
-    device = lm.get_input_embeddings().weight.device
-    input_ids, mask = left_padded(ids, device)
-    width = input_ids.shape[1]
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
-    if width > 1:
-        before = slice(None, width - 1)
-        lm(
-            input_ids=input_ids[:, before],
-            attention_mask=mask[:, before],
-            position_ids=positions(mask)[:, before],
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_name(lm): cache},
-        )
-        if settings.n > 1:
-            cache.batch_repeat_interleave(settings.n)
-    input_ids, mask = (x.repeat_interleave(settings.n, dim=0) for x in (input_ids, mask))
-    out = lm.generate(
-        inputs=input_ids,
-        attention_mask=mask,
-        generation_config=GenerationConfig(
-            do_sample=False,  # PickByUniform has chosen
-            max_new_tokens=settings.max_new_tokens,
-            eos_token_id=ends,
-            pad_token_id=ends[0],
-            return_dict_in_generate=True,
-        ),
-        logits_processor=_processors(prompts, settings, width, device),
-        stopping_criteria=StoppingCriteriaList([StopAtScore(tokenizer, width)]),
-        **{cache_name(lm): cache},
-    )
-    # what is over before the others is filled up with an end token
-    rows = out.sequences[:, width:].tolist()
-    tokens = [list(itertools.takewhile(lambda token: token not in ends, row)) for row in rows]
-    return Sampled(tokens, cache, width - mask.sum(-1), width)
+def quartiles(values: Sequence[int]) -> list[float] | None:
+    """The 25th, 50th and 75th percentile; None without values."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else None
 
 
-def _processors(prompts: Sequence[str], settings: Generate, width: int, device: torch.device) -> LogitsProcessorList:
-    chain = LogitsProcessorList()
-    if settings.repetition_penalty != 1:
-        chain.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    if settings.temperature == 0:
-        return chain
-    if settings.temperature != 1:
-        chain.append(TemperatureLogitsWarper(settings.temperature))
-    if settings.top_p < 1:
-        chain.append(KeepTopP(settings.top_p))
-    numbers = [
-        uniforms(settings.seed, prompt, draw, settings.max_new_tokens)
-        for prompt in prompts
-        for draw in range(settings.n)
-    ]
-    chain.append(PickByUniform(torch.from_numpy(np.stack(numbers)).to(device), width))
-    return chain
+def show(health: dict[str, Any], out: Path) -> None:
+    """Print what ``generate`` wrote and how it is."""
+    rows = Table(title=f"{health['n']} rationales", title_justify="left", show_header=False)
+    for name, count in health["faults"].items():
+        rows.add_row(f"{name}, left out" if name in health["dropped_for"] else name, f"{count}")
+    for name in ("words", "words_annotated"):
+        if health[name]:
+            rows.add_row(f"{name}: quartiles", ", ".join(f"{value:g}" for value in health[name]))
+    for name, found in health["agreement"].items():
+        rows.add_row(f"own score: {name}", interval(found))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(rows)
+    console.print(f"written: {health['kept']} records, {out / RATIONALES}", markup=False)

@@ -23,10 +23,10 @@ from tract_fast.data import prompt as prompts
 from tract_fast.data.feedback import cut_rationale, has_verdict, read_label
 from tract_fast.data.scores import SENTENCE, ScoreScale, find_scale
 from tract_fast.errors import UserError
-from tract_fast.generate import Sampled, cache_name, left_padded, positions, sample, take_end_tokens
 from tract_fast.model import DTYPES, load_config, load_lm, load_tokenizer, round_to
 from tract_fast.perf import slow_bfloat16
-from tract_fast.recipe import Generate, Model, Score
+from tract_fast.recipe import Model, Sampling, Score
+from tract_fast.sample import Sampled, cache_name, left_padded, positions, sample, take_end_tokens
 from tract_fast.shard import local_device
 
 DESCRIPTION = "tract.json"
@@ -187,7 +187,7 @@ class Judge:
         """Whether the judge writes a rationale before its score."""
         return self.about.rationale == "keep"
 
-    def new_tokens(self, settings: Generate) -> int:
+    def new_tokens(self, settings: Sampling) -> int:
         """Most tokens that the judge writes."""
         return settings.max_new_tokens if self.writes else 0
 
@@ -200,12 +200,12 @@ class Judge:
             prompt: the text that the judge was trained to read, without chat template; one, or a list.
             n: rationales per prompt; the score is the mean over them.
             batch: sequences (prompts times ``n``) generated at a time.
-            settings: ``temperature, top_p, repetition_penalty, max_new_tokens, seed`` of ``recipe.Generate``.
+            settings: ``temperature, top_p, repetition_penalty, max_new_tokens, seed`` of ``recipe.Sampling``.
 
         Raises UserError for an empty prompt and for one longer than the model's context allows.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        chosen = Generate(n=n, **settings)
+        chosen = Sampling(n=n, **settings)
         ids = self.render(texts)
         for number, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
             if why := self.obstacle(text, len(tokens), self.new_tokens(chosen)):
@@ -216,11 +216,18 @@ class Judge:
             found += self.judge(texts[i : i + step], ids[i : i + step], chosen)
         return found[0] if isinstance(prompt, str) else found
 
-    def judge(self, texts: Sequence[str], ids: Sequence[Sequence[int]], settings: Generate) -> list[Judgement]:
-        """One batch: a judgement for each of ``texts``, rendered as ``ids``."""
+    def judge(
+        self,
+        texts: Sequence[str],
+        ids: Sequence[Sequence[int]],
+        settings: Sampling,
+        firsts: Sequence[int] | None = None,
+    ) -> list[Judgement]:
+        """One batch: a judgement for each of ``texts``, rendered as ``ids``. ``firsts`` numbers the first draw of each:
+        a text that comes twice is judged by other samples where its number differs; None: all 0."""
         if not self.writes:
             return self.given(ids, [""] * len(ids))
-        out = sample(self.lm, self.tokenizer, texts, ids, settings, self.ends)
+        out = sample(self.lm, self.tokenizer, texts, ids, settings, self.ends, firsts)
         replies = [self._text(tokens) for tokens in out.tokens]
         kept = [self._rationale_tokens(tokens, reply) for tokens, reply in zip(out.tokens, replies, strict=True)]
         probs, mass, expected = self._read(after(out, kept, ids, settings.n, self.scale.prefix_ids), out.cache)

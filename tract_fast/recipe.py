@@ -16,6 +16,8 @@ from tract_fast.errors import UserError
 
 # No `from __future__ import annotations` here: the fields' types are used as they stand.
 
+Fault = Literal["no_score", "truncated", "repeated", "length", "disagree"]  # of a rationale: see generate.py
+
 
 def _require(holds: bool, key: str, value: Any, rule: str) -> None:
     if not holds:
@@ -240,7 +242,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate:
+class Sampling:
     """How rationales are sampled; the authors' settings."""
 
     n: int = 1
@@ -264,6 +266,22 @@ class Generate:
         _require(0 <= self.seed < 2**63, "generate.seed", self.seed, "must be 0 or more, and below 2**63")
         same = self.temperature == 0 and self.n > 1
         _require(not same, "generate.n", self.n, "must be 1 at temperature 0, where all rationales would be the same")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Sampling):
+    """Rationales that the judge of the first stage writes for the second: sampling, and what is left out."""
+
+    batch: int = 16
+    """Sequences generated at a time."""
+    drop: tuple[Fault, ...] = ()
+    """Leave out rationales that lack the score sentence, are cut off, repeat themselves, are of odd length, or whose
+    own score is far from the true one. The authors leave out none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.batch > 0, "generate.batch", self.batch, "must be above 0")
+        _check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +312,7 @@ class Recipe:
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    generate: Generate = field(default_factory=Generate)
     run: Run
 
     def warnings(self) -> list[str]:

@@ -15,12 +15,12 @@ from typing import IO, Any
 from tract_fast.data.records import Record, Skipped, parse_lines
 from tract_fast.errors import UserError
 from tract_fast.judge import Judge, Judgement
-from tract_fast.recipe import Generate
+from tract_fast.recipe import Sampling
 
 WHOLE_PROMPT = ("prompt", "instruction")
 
 
-def run(judge: Judge, lines: Iterable[bytes], name: str, out: IO[str], settings: Generate, batch: int) -> int:
+def run(judge: Judge, lines: Iterable[bytes], name: str, out: IO[str], settings: Sampling, batch: int) -> int:
     """Judge every line and write the answers to ``out``; returns how many could not be judged."""
     failed = 0
     records_left, step = parse_lines(lines, name), max(1, batch // settings.n)
@@ -32,7 +32,7 @@ def run(judge: Judge, lines: Iterable[bytes], name: str, out: IO[str], settings:
     return failed
 
 
-def answers(judge: Judge, records: Sequence[Record | Skipped], settings: Generate) -> Iterator[dict[str, Any]]:
+def answers(judge: Judge, records: Sequence[Record | Skipped], settings: Sampling) -> Iterator[dict[str, Any]]:
     """One answer per record, in order; those that can be judged go through the model together."""
     read = [_read(judge, record, settings) for record in records]
     good = [r for r in read if not isinstance(r, UserError)]
@@ -43,7 +43,7 @@ def answers(judge: Judge, records: Sequence[Record | Skipped], settings: Generat
         yield own | ({"error": str(prompt)} if isinstance(prompt, UserError) else _answer(next(found)))
 
 
-def _read(judge: Judge, record: Record | Skipped, settings: Generate) -> tuple[str, list[int]] | UserError:
+def _read(judge: Judge, record: Record | Skipped, settings: Sampling) -> tuple[str, list[int]] | UserError:
     """The prompt that a record holds and its tokens, or what is wrong with it."""
     if isinstance(record, Skipped):
         return UserError(record.why)

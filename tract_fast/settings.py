@@ -68,7 +68,7 @@ OTHER_NAMES = {
     "run.resume": "resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir",
 }
 NO_SETTING = {  # names of settings that are not needed or not there: what to do instead
-    "generate share_prompts": "not in this version",
+    "backend share_prompts": "not in this version",
     "fp16 float16 half": "float16 needs loss scaling, which is not there; model.dtype is bfloat16 or float32",
     "gradient_accumulation_steps": "train.batch is the whole step's; micro-batches are packed up to train.max_tokens",
     "warmup_steps num_warmup_steps warmup_ratio": "write train.warmup, a share of all steps such as 0.1",
@@ -332,7 +332,7 @@ def unknown(key: str, known: Collection[str]) -> str:
     """What is wrong with a dotted name that is not ``known``, and which one was probably meant."""
     section, _, last = key.lower().replace("-", "_").rpartition(".")
     for names, sentence in NO_SETTING.items():
-        if (section if section == "generate" else last) in names.split():
+        if last in names.split():
             return f"no such setting: {sentence}"
     inside = [k for k in known if key.startswith(f"{k}.")]
     if inside:
@@ -350,11 +350,11 @@ def unknown(key: str, known: Collection[str]) -> str:
 
 
 def docs(section: type) -> Mapping[str, str]:
-    """The docstring below each field of a dataclass, by name, as one line each."""
-    body = _class_bodies(section.__module__)[section.__name__]
+    """The docstring below each field of a dataclass and its bases, by name, as one line each."""
     return {
         field.target.id: " ".join(doc.value.value.split())
-        for field, doc in itertools.pairwise(body)
+        for cls in section.__mro__[:-1]
+        for field, doc in itertools.pairwise(_class_bodies(cls.__module__)[cls.__name__])
         if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and isinstance(doc.value, ast.Constant)
     }
 

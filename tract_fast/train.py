@@ -30,7 +30,8 @@ from tract_fast.prepare import Prepared, prepare
 from tract_fast.recipe import Recipe
 from tract_fast.shard import Ranks
 
-FREE_ON_RESUME = ("train.max_steps", "train.epochs", "checkpoint.", "run.")  # settings a resumed run may change
+# settings a resumed run may change
+FREE_ON_RESUME = ("train.max_steps", "train.epochs", "checkpoint.", "generate.", "run.")
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75: stopped from outside, saved, start again to go on
 
 

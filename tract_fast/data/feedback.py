@@ -67,9 +67,10 @@ def read_examples(
 ) -> Loaded:
     """Read ``source``: a .json, .jsonl or .parquet file, ``package:NAME/path``, or a hub data set ``name[:split]``.
 
-    The rationale is the text before its verdict ("So the overall ...", "[RESULT]") with "keep"; with "drop" it is not
-    needed and left empty. A record that is not JSON or UTF-8, lacks a field, has one twice or of another type, or whose
-    score is not on the scale is broken: "fail" raises at the first, "skip" leaves it out and lists it.
+    The rationale is the text before its verdict ("So the overall ...", "[RESULT]") with "keep", and with "optional" for
+    those records that have one; with "drop" it is not needed and left empty. A record that is not JSON or UTF-8, lacks
+    a field, has one twice or of another type, or whose score is not on the scale is broken: "fail" raises at the first,
+    "skip" leaves it out and lists it.
     Raises UserError, too, when nothing can be read or no example is left.
     """
     scale = dict(zip(labels, map(float, values), strict=True))
@@ -164,7 +165,8 @@ def _benchmark(
     scores = fields["gpt4_score"]
     if not isinstance(scores, list) or not scores:
         raise _Broken(f'the field "gpt4_score" is {scores!r:.40}, not a list of scores')
-    feedbacks = fields.get("gpt4_feedback") if rationale == "keep" else [None] * len(scores)
+    ignored = rationale == "drop" or (rationale == "optional" and "gpt4_feedback" not in fields)
+    feedbacks = [None] * len(scores) if ignored else fields.get("gpt4_feedback")
     if not isinstance(feedbacks, list) or len(feedbacks) != len(scores):
         raise _Broken(
             f'the field "gpt4_feedback" must be a list of {len(scores)} texts, as many as gpt4_score has scores'
@@ -220,7 +222,7 @@ def _extras(fields: dict[str, Any]) -> dict[str, Any]:
 def _example(where: str, fields: dict[str, Any], scale: dict[str, float], rationale: str) -> Example:
     prompt = _text(fields, "prompt")
     text = ""
-    if rationale == "keep":
+    if rationale == "keep" or (rationale == "optional" and "rationale" in fields):
         if "rationale" not in fields:
             raise _Broken('the field "rationale" is missing (data.rationale: drop trains on scores alone)')
         text = cut_rationale(_text(fields, "rationale"))
