@@ -1,4 +1,4 @@
-"""The command line: ``tract-fast train | export | generate | evaluate | score | demo | doctor``.
+"""The command line: ``tract-fast train | run | export | generate | evaluate | score | demo | doctor``.
 
 Commands import what they need when they run.
 """
@@ -22,8 +22,9 @@ from tract_fast.recipe import Generate, Sampling
 PROG = "tract-fast"
 # flags without a value
 SWITCHES = {"--help", "-h", "--dry-run", "--dry_run", "--teacher-forced", "--teacher_forced", "--skip"}
+OWN_FLAGS = {"train": ("dry_run", "help"), "run": ("until", "from", "help")}  # besides the settings of a recipe
 LISTS = {"--drop"}  # flags with one value or more
-LATER = ("run", "plan")  # commands that are not in this version
+LATER = ("plan",)  # commands that are not in this version
 
 
 def train(
@@ -44,6 +45,28 @@ def train(
     from tract_fast.train import run
 
     return run(resolved, dry_run=dry_run)
+
+
+def run(
+    recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")],
+    settings: Annotated[object, tyro.conf.arg(name="", constructor_factory=recipes.flags)],
+    until: Annotated[str | None, tyro.conf.arg(metavar="STEP")] = None,
+    begin: Annotated[str | None, tyro.conf.arg(name="from", metavar="STEP")] = None,
+) -> int:
+    """The whole method: stage 1, its rationales, stage 2 from the seed model, evaluation. Finished steps are skipped.
+
+    Any setting of the recipe can be given on the command line, as with train. The steps are stage1, generate, stage2
+    and evaluate, each in a folder of run.dir; a step that was stopped goes on where it was.
+
+    Args:
+        recipe: YAML file of settings; it needs at least model.path, data.train, run.dir and data to evaluate on.
+        until: Stop after this step.
+        begin: Remove what this step and those after it left, and make it again.
+    """
+    resolved = recipes.build(recipe, recipes.overrides(settings))
+    from tract_fast import pipeline
+
+    return pipeline.run(resolved, until=until, begin=begin)
 
 
 def export(
@@ -189,6 +212,7 @@ def doctor() -> int:
 
 COMMANDS = {
     "train": train,
+    "run": run,
     "export": export,
     "generate": generate,
     "evaluate": evaluate,
@@ -198,6 +222,7 @@ COMMANDS = {
 }
 WORDS = {  # what a command takes besides flags, as it is told to who leaves it out; those in brackets may be left out
     "train": ("a recipe: tract-fast train RECIPE.yaml", 1, 1),
+    "run": ("a recipe: tract-fast run RECIPE.yaml", 1, 1),
     "export": ("a run: tract-fast export RUN_DIR", 1, 1),
     "generate": ("a judge and data: tract-fast generate MODEL DATA", 2, 2),
     "evaluate": ("a judge and data: tract-fast evaluate MODEL DATA", 2, 2),
@@ -241,8 +266,8 @@ def _dispatch(argv: list[str]) -> int:
     elif command not in COMMANDS:
         raise UserError(f"{command} is no command{_meant(command)}; {PROG} --help lists them")
     else:
-        if command == "train":
-            recipes.check_flags(argv[1:], switches=("dry_run", "help"))
+        if command in OWN_FLAGS:
+            recipes.check_flags(argv[1:], OWN_FLAGS[command])
         _check_words(command, argv[1:])
         return tyro.cli(COMMANDS[command], prog=f"{PROG} {command}", args=argv[1:], use_underscores=True)
     return 0

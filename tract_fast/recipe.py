@@ -285,6 +285,37 @@ class Generate(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stage2:
+    """The second stage of ``tract-fast run``: training on the rationales that the judge of the first wrote."""
+
+    train: bool = True
+    """Whether there is one; without it the judge of the first stage is the result."""
+    start: Literal["seed", "stage1"] = "seed"
+    """Start from the seed model again (the paper), or go on from the judge of the first stage."""
+    rationales: Literal["own", "both"] = "own"
+    """Train on the judge's own rationales, or on the annotated ones too."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """How ``tract-fast run`` measures the judge at its end; rationales are sampled as by generate."""
+
+    data: tuple[str, ...] = ()
+    """Data sets, named like data.train; none: data.eval, or what data.holdout holds out."""
+    n: int = 1
+    """Rationales per prompt; the score is the mean over them."""
+    batch: int = 16
+    """Sequences generated at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("n", "batch"):
+            _require(getattr(self, name) > 0, f"evaluate.{name}", getattr(self, name), "must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """Where a run lives and how it starts."""
 
@@ -313,6 +344,8 @@ class Recipe:
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     generate: Generate = field(default_factory=Generate)
+    stage2: Stage2 = field(default_factory=Stage2)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     run: Run
 
     def warnings(self) -> list[str]:
@@ -370,8 +403,8 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
     return overrides(tyro.cli(flags(), args=argv, prog="tract-fast train", use_underscores=True, add_help=False))
 
 
-def check_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> None:
-    """Raise UserError at the first flag that is no setting (nor one of ``switches``) or lacks its value."""
+def check_flags(argv: Sequence[str], others: Sequence[str] = ()) -> None:
+    """Raise UserError at the first flag that is no setting (nor one of ``others``) or lacks its value."""
     for word, after in itertools.pairwise([*argv, "--"]):
         flag, equals, _ = word.partition("=")
         key = flag.removeprefix("--").replace("-", "_")
@@ -382,7 +415,7 @@ def check_flags(argv: Sequence[str], switches: Sequence[str] = ()) -> None:
             if not equals and after.startswith("--"):
                 kind = FIELDS["run.nproc" if key == "nproc" else key].type
                 raise UserError(f"{flag} needs a value: {flag} {settings.metavar(kind)}")
-        elif key not in switches and word != "--":
+        elif key not in others and word != "--":
             raise UserError(f"{flag}: {settings.unknown(key, FIELDS)}")
 
 

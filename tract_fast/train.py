@@ -31,7 +31,7 @@ from tract_fast.recipe import Recipe
 from tract_fast.shard import Ranks
 
 # settings a resumed run may change
-FREE_ON_RESUME = ("train.max_steps", "train.epochs", "checkpoint.", "generate.", "run.")
+FREE_ON_RESUME = ("train.max_steps", "train.epochs", "checkpoint.", "generate.", "stage2.", "evaluate.", "run.")
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75: stopped from outside, saved, start again to go on
 
 

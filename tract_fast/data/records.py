@@ -48,7 +48,7 @@ def read_records(source: str) -> Iterator[Record | Skipped]:
     """
     readers = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     try:
-        path = _locate(source)
+        path = file_of(source)
         if path is None:
             yield from _hub(source)
         elif path.suffix.lower() in readers:
@@ -61,7 +61,7 @@ def read_records(source: str) -> Iterator[Record | Skipped]:
         raise UserError(f"{source}: cannot be read ({error.strerror or _first_line(error)})") from None
 
 
-def _locate(source: str) -> Path | None:
+def file_of(source: str) -> Path | None:
     """The file that ``source`` names; None when it can only be a hub name."""
     if source.startswith("package:"):
         return _in_package(source)

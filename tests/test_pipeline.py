@@ -1,0 +1,154 @@
+"""``run``: the steps in order, each as its own command makes it, skipped when done, refused when made otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_runs import tiny_recipe
+from tract_fast import cli, pipeline, recipe as recipes
+from tract_fast.errors import UserError
+from tract_fast.recipe import Generate, Recipe
+
+SAMPLING = Generate(max_new_tokens=40, batch=8)
+
+
+def small(folder: Path, **changes) -> Recipe:
+    """A pipeline over the tiny model that learns to write its score sentence."""
+    settings = {"train__max_steps": 60, "train__lr": 1e-2, "train__batch": 8, "data__holdout": 0.25} | changes
+    return replace(tiny_recipe(folder, **settings), generate=SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Recipe:
+    recipe = small(tmp_path_factory.mktemp("pipeline"))
+    assert pipeline.run(recipe) == 0
+    return recipe
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """What a run made, without times."""
+    kept = [p for p in folder.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".jsonl", ".json")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in kept if p.name != "metrics.jsonl"}
+
+
+def test_second_stage_is_the_seed_model_on_the_judges_own_rationales(done):
+    folder = Path(done.run.dir)
+    first, second = (recipes.load(folder / stage / "recipe.yaml", []) for stage in ("stage1", "stage2"))
+    assert second.model == first.model == done.model
+    assert second.data.train == str(folder / "generate" / "rationales.jsonl")
+    own, held_out = lines(folder / "generate" / "rationales.jsonl"), lines(folder / "held_out.jsonl")
+    assert len(own) == 18
+    assert len(held_out) == 6
+    assert not {r["question"] for r in own} & {r["question"] for r in held_out}
+    annotated = {(r["prompt"], r["score"]) for r in lines(Path(done.data.train))}
+    assert {(r["prompt"], int(r["score"])) for r in [*own, *held_out]} <= annotated
+    found = json.loads((folder / "evaluate" / "held_out" / "metrics.json").read_text())
+    assert found["n"] == 6
+    assert {r["question"] for r in lines(folder / "evaluate" / "held_out" / "predictions.jsonl")} == {
+        r["question"] for r in held_out
+    }
+    evals = [r["eval"]["n"] for r in lines(folder / "stage2" / "metrics.jsonl") if "eval" in r]
+    assert evals == [6, 6]
+
+
+def test_finished_steps_are_skipped(done, capsys):
+    before = files(Path(done.run.dir))
+    assert pipeline.run(done) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("done before") == 4
+    assert "step 1/" not in shown
+    assert files(Path(done.run.dir)) == before
+
+
+def test_steps_made_otherwise_are_refused_by_name(done):
+    other = replace(done, generate=replace(done.generate, seed=7))
+    with pytest.raises(UserError, match=r"generate was made with other .*\(generate.seed\): --from generate"):
+        pipeline.run(other)
+    other = replace(done, loss=replace(done.loss, regression_weight=2.0))
+    with pytest.raises(UserError, match=r"stage1 was made with .*loss.regression_weight"):
+        pipeline.run(other)
+    data = Path(done.data.train)
+    whole = data.read_bytes()
+    data.write_bytes(whole + b"\n")
+    with pytest.raises(UserError, match=r"stage1 was made with other settings or data \(files\)"):
+        pipeline.run(done)
+    data.write_bytes(whole)
+
+
+def test_until_and_from(done, tmp_path, capsys):
+    folder = shutil.copytree(Path(done.run.dir), tmp_path / "run")
+    recipe = replace(done, run=replace(done.run, dir=str(folder)))
+    whole = files(folder)
+    assert pipeline.run(recipe, begin="stage2", until="stage2") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("removed: ") == 2
+    assert not (folder / "evaluate").exists()
+    assert pipeline.run(recipe) == 0
+    same = {name: data for name, data in files(folder).items() if "recipe" not in name}
+    assert set(same) == set(whole)
+    for name in ("generate/rationales.jsonl", "stage2/judge/model.safetensors", "evaluate/held_out/predictions.jsonl"):
+        assert same[name] == whole[name]
+    with pytest.raises(UserError, match=r"--until stage3: the steps of this recipe are stage1, generate"):
+        pipeline.run(recipe, until="stage3")
+
+
+def test_continued_from_the_first_stage_on_both_kinds_of_rationales(done, tmp_path):
+    folder = shutil.copytree(Path(done.run.dir), tmp_path / "run")
+    recipe = replace(done, run=replace(done.run, dir=str(folder)))
+    recipe = replace(recipe, stage2=replace(recipe.stage2, start="stage1", rationales="both"))
+    assert pipeline.run(recipe, begin="stage2", until="stage2") == 0
+    second = recipes.load(folder / "stage2" / "recipe.yaml", [])
+    assert second.model.path == str(folder / "stage1" / "judge")
+    mixed = lines(folder / "annotated_and_own.jsonl")
+    assert second.data.train == str(folder / "annotated_and_own.jsonl")
+    assert len(mixed) == 36
+    assert sum(r["id"].endswith("/own") for r in mixed) == 18
+
+
+def test_one_stage_alone(tmp_path):
+    recipe = small(tmp_path, train__max_steps=2, data__rationale="drop")
+    with pytest.raises(UserError, match=r"set stage2.train: false"):
+        pipeline.run(recipe)
+    recipe = replace(recipe, stage2=replace(recipe.stage2, train=False))
+    assert pipeline.run(recipe) == 0
+    folder = Path(recipe.run.dir)
+    assert sorted(p.name for p in folder.iterdir()) == ["evaluate", "stage1", "steps.json"]
+    assert json.loads((folder / "evaluate" / "held_out" / "metrics.json").read_text())["rationales"] == "given"
+
+
+def test_what_cannot_be_evaluated_is_refused_at_once(tmp_path):
+    recipe = small(tmp_path, data__holdout=0.0)
+    with pytest.raises(UserError, match=r"set data.holdout or evaluate.data"):
+        pipeline.run(recipe)
+    twice = replace(recipe, evaluate=replace(recipe.evaluate, data=("a/x.json", "b/x.jsonl")))
+    with pytest.raises(UserError, match=r"two of them have the same name"):
+        pipeline.run(twice)
+    assert not Path(recipe.run.dir).exists()
+
+
+def test_a_stopped_training_ends_the_run_with_its_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.train, "run", lambda recipe: 75)
+    recipe = small(tmp_path)
+    assert pipeline.run(recipe) == 75
+    assert not (Path(recipe.run.dir) / "steps.json").exists()
+
+
+def test_command(done, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipes.dump(done))
+    assert cli.main(["run", str(path), "--until", "generate"]) == 0
+    assert capsys.readouterr().out.count("done before") == 2
+    assert cli.main(["run", str(path), "--from", "nothing"]) == 2
+    assert "--from nothing: the steps of this recipe are" in capsys.readouterr().err
+    assert cli.main(["run", str(path), "--generate.n", "0"]) == 2
+    assert "generate.n = 0: must be above 0" in capsys.readouterr().err
+    assert cli.main(["run", str(path), "--train.lrr", "1"]) == 2

@@ -1,0 +1,248 @@
+"""The whole method in one command: stage 1 -> generate -> stage 2 from the seed model -> evaluate.
+
+``run.dir`` gets a folder per step, each what the step's own command would have made: ``stage1``, ``generate``,
+``stage2``, ``evaluate/NAME``. ``steps.json`` records what each finished step was made from, settings and hashes of data
+files, and a finished step is skipped. A stopped step goes on where it was. TRACT: arXiv 2503.04381.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tract_fast import checkpoint, evaluate, generate, recipe as recipes, train
+from tract_fast.checkpoint import replace_file
+from tract_fast.data import feedback
+from tract_fast.data.records import file_of
+from tract_fast.errors import UserError
+from tract_fast.judging import Source, line
+from tract_fast.recipe import Recipe, Sampling
+
+STEPS = ("stage1", "generate", "stage2", "evaluate")
+RECORD, HELD_OUT, BOTH = "steps.json", "held_out.jsonl", "annotated_and_own.jsonl"
+TRAINING = ("model", "lora", "data", "score", "loss", "train")  # sections that decide a training
+
+Inputs = dict[str, Any]
+
+
+def run(recipe: Recipe, *, until: str | None = None, begin: str | None = None) -> int:
+    """Run the steps of ``recipe`` that are not done, up to ``until``; returns the exit code of the step that ended it.
+
+    ``begin`` names a step that is made again, with all after it: what they left is removed. Raises UserError before any
+    work where a setting cannot work, or where a finished step was made from other settings or data.
+    """
+    steps = steps_of(recipe)
+    for flag, step in (("--until", until), ("--from", begin)):
+        if step is not None and step not in steps:
+            raise UserError(f"{flag} {step}: the steps of this recipe are {', '.join(steps)}")
+    if recipe.stage2.train and recipe.data.rationale == "drop":
+        raise UserError(
+            "data.rationale = drop: a judge without rationales writes none for a second stage; set stage2.train: false"
+        )
+    folder = Path(recipe.run.dir)
+    sets = evaluation_sets(recipe)
+    checkpoint.make_folder(folder, "run.dir")
+    if begin:
+        forget(folder, steps[steps.index(begin) :])
+    inputs = dict(zip(steps, chained(recipe, sets, steps), strict=True))
+    todo = [step for step in steps if not is_done(folder, step, inputs[step])]
+    actions: dict[str, Callable[[], int]] = {
+        "stage1": lambda: _train(stage1(recipe)),
+        "generate": lambda: _generate(recipe),
+        "stage2": lambda: _train(stage2(recipe)),
+        "evaluate": lambda: _evaluate(recipe, sets, folder / steps[-2] / "judge"),
+    }
+    for step in steps:
+        if step in todo:
+            print(f"── {step}: {folder / step}")
+            code = actions[step]()
+            if code:
+                return code
+            record(folder, step, inputs[step])
+        else:
+            print(f"── {step}: done before, {folder / step}")
+        if step == until:
+            break
+    return 0
+
+
+def steps_of(recipe: Recipe) -> tuple[str, ...]:
+    """The recipe's steps, in order."""
+    return STEPS if recipe.stage2.train else ("stage1", "evaluate")
+
+
+def evaluation_sets(recipe: Recipe) -> dict[str, Source]:
+    """What the judge is measured on, by the name of its folder. Raises UserError where there is nothing."""
+    data, skip = recipe.data, recipe.data.on_error == "skip"
+    if recipe.evaluate.data:
+        names = [Path(source).stem.replace(":", "_") for source in recipe.evaluate.data]
+        if len(set(names)) < len(names):
+            raise UserError(f"evaluate.data = {list(recipe.evaluate.data)}: two of them have the same name")
+        return {name: Source(data=s, skip=skip) for name, s in zip(names, recipe.evaluate.data, strict=True)}
+    if data.eval is not None:
+        return {"held_out": Source(data=data.eval, skip=skip)}
+    if not data.holdout:
+        raise UserError("run ends with an evaluation, and there is no data for it: set data.holdout or evaluate.data")
+    return {"held_out": Source(data=data.train, holdout=data.holdout, split_seed=recipe.train.seed, skip=skip)}
+
+
+def stage1(recipe: Recipe) -> Recipe:
+    """The recipe of the first stage: the seed model on annotated rationales."""
+    return replace(recipe, run=replace(recipe.run, dir=str(Path(recipe.run.dir) / "stage1")))
+
+
+def stage2(recipe: Recipe) -> Recipe:
+    """The recipe of the second: on the judge's own rationales, from the seed model; writes the data it names."""
+    folder = Path(recipe.run.dir)
+    own = folder / "generate" / generate.RATIONALES
+    data = replace(recipe.data, train=str(own), holdout=0.0, limit=None)
+    if recipe.data.holdout or recipe.stage2.rationales == "both":
+        annotated, held_out = feedback.split_by_question(_examples(recipe), recipe.data.holdout, recipe.train.seed)
+        labels = dict(zip(recipe.score.values, recipe.score.labels, strict=True))
+        if held_out:
+            data = replace(data, eval=str(folder / HELD_OUT))
+            replace_file(folder / HELD_OUT, "".join(line(plain(e, labels)) for e in held_out))
+        if recipe.stage2.rationales == "both":
+            lines = [line(plain(e, labels)) for e in annotated[: recipe.data.limit]]
+            mine = (json.loads(text) for text in own.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+            lines += [line(r | {"id": f"{r['id']}/own"}) for r in mine]
+            data = replace(data, train=str(folder / BOTH))
+            replace_file(folder / BOTH, "".join(lines))
+    model = recipe.model
+    if recipe.stage2.start == "stage1":
+        model = replace(model, path=str(merged(folder / "stage1" / "judge")), gguf_file=None)
+    return replace(recipe, model=model, data=data, run=replace(recipe.run, dir=str(folder / "stage2")))
+
+
+def merged(judge: Path) -> Path:
+    """The folder with all of a judge's weights."""
+    return judge / "merged" if (judge / "merged").is_dir() else judge
+
+
+def plain(e: feedback.Example, labels: dict[float, str]) -> dict[str, Any]:
+    """An example as a record of the plain form."""
+    fields = {"id": e.id, "question": e.question, "prompt": e.prompt, "rationale": e.rationale}
+    return fields | {"score": labels.get(e.score, e.score), "weight": e.weight}
+
+
+def _examples(recipe: Recipe) -> list[feedback.Example]:
+    return feedback.read_examples(
+        recipe.data.train,
+        labels=recipe.score.labels,
+        values=recipe.score.values,
+        rationale=recipe.data.rationale,
+        on_error=recipe.data.on_error,
+    ).examples
+
+
+def _train(recipe: Recipe) -> int:
+    code = train.run(recipe)
+    _free()
+    if code == 0:
+        print(f"written: {checkpoint.export(Path(recipe.run.dir))}")
+        _free()
+    return code
+
+
+def _free() -> None:
+    """Give back what the step before held: the next loads a model of its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _generate(recipe: Recipe) -> int:
+    data, folder = recipe.data, Path(recipe.run.dir)
+    source = Source(
+        data=data.train,
+        holdout=data.holdout,
+        split_seed=recipe.train.seed,
+        limit=data.limit,
+        skip=data.on_error == "skip",
+    )
+    out = folder / "generate"
+    generate.show(generate.run(str(folder / "stage1" / "judge"), source, out, recipe.generate), out)
+    _free()
+    return 0
+
+
+def _evaluate(recipe: Recipe, sets: dict[str, Source], judge: Path) -> int:
+    settings = Sampling(
+        **{f.name: getattr(recipe.generate, f.name) for f in fields(Sampling)} | {"n": recipe.evaluate.n}
+    )
+    for name, source in sets.items():
+        out = Path(recipe.run.dir) / "evaluate" / name
+        evaluate.show(evaluate.run(str(judge), source, out, settings, batch=recipe.evaluate.batch), out)
+        _free()
+    return 0
+
+
+def chained(recipe: Recipe, sets: dict[str, Source], steps: tuple[str, ...]) -> Iterator[Inputs]:
+    """What each step is made from: its settings, its data files, and a hash of what the step before was made from."""
+    settings = recipes.as_dict(recipe)
+    before = None
+    for step in steps:
+        if step == "stage1":
+            own = {name: settings[name] for name in TRAINING}
+            own["files"] = [hash_of(source) for source in (recipe.data.train, recipe.data.eval) if source]
+        elif step == "evaluate":
+            sampling = {f.name: settings["generate"][f.name] for f in fields(Sampling)}
+            own = {"evaluate": settings["evaluate"], "generate": sampling}
+            own["files"] = {name: asdict(source) | {"hash": hash_of(source.data)} for name, source in sets.items()}
+        else:
+            own = {step: settings[step]}
+        own = json.loads(json.dumps(own | {"before": before}))  # as it will be read again
+        before = hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
+        yield own
+
+
+def hash_of(source: str) -> str:
+    """A hash of a data file's bytes; the name of a hub data set."""
+    path = file_of(source)
+    if path is None:
+        return source
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def records(folder: Path) -> dict[str, Inputs]:
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def record(folder: Path, step: str, inputs: Inputs) -> None:
+    """Note that a step is done."""
+    replace_file(folder / RECORD, json.dumps(records(folder) | {step: inputs}, indent=2) + "\n")
+
+
+def is_done(folder: Path, step: str, inputs: Inputs) -> bool:
+    """Whether a step is done. Raises UserError where it was made from something else."""
+    before = records(folder).get(step)
+    if before is None or before == inputs:
+        return before is not None
+    old, new = (
+        recipes.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (before, inputs)
+    )
+    changed = ", ".join(key.removesuffix(".") for key in new if old.get(key) != new[key])
+    raise UserError(
+        f"{folder / step} was made with other settings or data ({changed}): --from {step} removes it and makes it "
+        "again, with all that follows; or choose another run.dir"
+    )
+
+
+def forget(folder: Path, steps: tuple[str, ...]) -> None:
+    """Remove what the ``steps`` left and the record of them."""
+    kept = {name: inputs for name, inputs in records(folder).items() if name not in steps}
+    replace_file(folder / RECORD, json.dumps(kept, indent=2) + "\n")
+    for step in steps:
+        if (folder / step).is_dir():
+            print(f"removed: {folder / step}")
+            shutil.rmtree(folder / step)
