@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tract_fast import cli, evaluate, judging
-from tract_fast.data.feedback import Example, cut_rationale, has_verdict, read_label
+from tract_fast.data.feedback import Example, cut_rationale, has_score, read_label
 from tract_fast.errors import UserError
 from tract_fast.evaluate import by_prompt, summary
 from tract_fast.judge import Judge
@@ -72,7 +72,9 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(trained, done, tmp_path, 
     evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
     assert (out / "predictions.jsonl").read_bytes() == whole
     assert (out / "metrics.json").read_bytes() == (done / "metrics.json").read_bytes()
-    assert len(judged) == {0.0: 3, 0.97: 1}.get(part, len(judged))
+    assert sum(map(len, judged)) == 6 - 2 * (3 - len(judged))  # whole batches of two prompts
+    assert len(judged) <= {0.0: 3, 0.97: 1}.get(part, 3)
+    assert judged
 
 
 def test_killed_between_batches_it_goes_on_to_the_same_bytes(trained, done, tmp_path, monkeypatch):
@@ -127,6 +129,63 @@ def test_teacher_forced_scores_each_rationale(trained, tmp_path):
     assert found["generate"] is None
 
 
+def test_a_judge_without_rationales_is_held_against_the_annotators_mean(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judge, "writes", False)
+    data = tmp_path / "bench.jsonl"
+    bench = [{"instruction": f"Is it kind? {k}", "gpt4_score": [k, k + 1, k + 2]} for k in (1, 2, 3)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in bench))
+    for teacher_forced in (False, True):
+        found = evaluate.run(
+            str(trained), Source(data=str(data)), tmp_path / "out", SHORT, teacher_forced=teacher_forced, say=quiet
+        )
+        assert (found["rationales"], found["n"], found["draws"]) == ("none", 3, 3)
+    assert [r["label"] for r in judging.read_predictions(tmp_path / "out" / "predictions.jsonl").values()] == [2, 3, 4]
+
+
+def test_control_tokens_in_given_rationales_are_refused(trained, tmp_path):
+    data = tmp_path / "data.jsonl"
+    token = Judge.from_pretrained(trained).tokenizer.eos_token
+    data.write_text(json.dumps({"prompt": "Is it kind?", "rationale": f"kind {token} kind", "score": 3}) + "\n")
+    with pytest.raises(UserError, match=r"its rationale holds the text .* leave such records out with --skip"):
+        evaluate.run(str(trained), Source(data=str(data)), tmp_path / "out", SHORT, teacher_forced=True, say=quiet)
+
+
+def test_predictions_of_unknown_origin_are_not_taken(trained, done, tmp_path):
+    out = shutil.copytree(done, tmp_path / "out")
+    (out / "settings.json").write_text("[]")
+    with pytest.raises(UserError, match=r"settings.json is damaged: give another --out"):
+        evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
+    (out / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"holds predictions.jsonl without the settings"):
+        evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
+
+
+def test_a_folder_belongs_to_one_process(trained, done):
+    with judging.locked(done), pytest.raises(UserError, match=r"is being written by another process"):
+        evaluate.run(str(trained), data_of(trained), done, SHORT, batch=4, say=quiet)
+
+
+def test_a_torn_line_is_gone_before_the_next_is_added(trained, done, tmp_path, monkeypatch):
+    """Killed within a line, and again after the next batch."""
+    whole = (done / "predictions.jsonl").read_bytes()
+    out = shutil.copytree(done, tmp_path / "out")
+    (out / "predictions.jsonl").write_bytes(whole[: len(whole) // 5])
+    calls = []
+    judge = Judge.judge
+
+    def dies(self, *rest):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return judge(self, *rest)
+
+    monkeypatch.setattr(Judge, "judge", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
+    evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
+    assert (out / "predictions.jsonl").read_bytes() == whole
+
+
 def test_given_rationales_need_no_room_for_new_ones(trained, tmp_path):
     much = Sampling(max_new_tokens=5000)
     with pytest.raises(UserError, match="has room for 0"):
@@ -173,7 +232,7 @@ def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):
         evaluate.run(str(trained), Source(data=str(data), skip=True), tmp_path / "d", SHORT, say=quiet)
     with pytest.raises(UserError, match=r"limit = -1: must be above 0"):
         evaluate.run(str(trained), Source(data=str(data), limit=-1), tmp_path / "f", SHORT, say=quiet)
-    with pytest.raises(UserError, match=r"batch = 0"):
+    with pytest.raises(UserError, match=r"batch = 0: must be at least 2, the rationales of one prompt"):
         evaluate.run(str(trained), Source(data=str(data)), tmp_path / "e", SHORT, batch=0, say=quiet)
 
 
@@ -182,6 +241,10 @@ def test_prompts_are_judged_once_and_held_against_their_mean():
     assert [(i.id, i.label) for i in items] == [("f:1#1", 4.0), ("b", 2.0)]
     items = by_prompt([example("f:1#1", "a", 4), example("f:1#2", "a", 5), example("f:2#1", "b", 2)])
     assert [(i.id, i.label) for i in items] == [("f:1", 4.5), ("f:2#1", 2.0)]
+    named = [example(f"task#{k}", "ab"[k > 2], score) for k, score in ((1, 1), (2, 2), (3, 5), (4, 5))]
+    assert [(i.id, i.label) for i in by_prompt(named)] == [("task#1", 1.5), ("task#3", 5.0)]
+    taken = [example("f", "b", 1), example("f#1", "a", 4), example("f#2", "a", 5)]
+    assert [(i.id, i.label) for i in by_prompt(taken)] == [("f", 1.0), ("f#1", 4.5)]
 
 
 def record(id: str, label: float, *draws: tuple[float, float | None, bool]) -> dict:
@@ -230,7 +293,12 @@ def test_summary_of_several_draws():
         ("Good. [RESULT] 3", "3", True),
         ("Good. So the overall score is four.", None, True),
         ("Good. So the overall score is 4.5", None, True),
-        ("Good. So the overall quality is fine", None, True),
+        ("Good. So the overall quality is fine", None, False),
+        ("Good. So the overall score is ", None, False),
+        ("Good. So the overall score is a ", None, True),
+        ("Good. So the overall score is a 4.", "4", True),
+        ("Good. Therefore, the overall score is 4. Bye", "4", True),
+        ("Good. so the overall score is 4", "4", True),
         ("Good. [RESULT] 9", None, True),
         ("Good. I would say 4", None, False),
         ("", None, False),
@@ -238,8 +306,9 @@ def test_summary_of_several_draws():
 )
 def test_score_that_an_output_ends_with(text, label, reached):
     assert read_label(text, LABELS) == label
-    assert has_verdict(text) == reached
-    assert cut_rationale(text) == ("" if not text else "Good." if reached else text)
+    assert has_score(text) == reached
+    verdict = reached or "So the overall" in text
+    assert cut_rationale(text) == ("" if not text else "Good." if verdict else text)
 
 
 def test_command(trained, tmp_path, capsys):

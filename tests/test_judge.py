@@ -229,7 +229,7 @@ def test_forcing_where_the_sentence_never_came():
 
 def test_given_rationales_score_as_in_training(trained):
     from tract_fast import recipe as recipes
-    from tract_fast.evaluate import teacher_forced
+    from tract_fast.evaluate import held_out_metrics
     from tract_fast.train import assemble
 
     recipe = recipes.load(trained / "recipe.yaml", [])
@@ -238,7 +238,7 @@ def test_given_rationales_score_as_in_training(trained):
     with start_ranks() as ranks:
         job = assemble(recipe, ranks, data, lambda line: None)
         checkpoint.load(checkpoint.latest(trained), job.model, job.optimizer)
-        in_training = teacher_forced(job.model, data.held_out, recipe, ranks)
+        in_training = held_out_metrics(job.model, data.held_out, recipe, ranks)
     tails = [list(e.ids[e.prompt_len : len(e.ids) - len(judge.scale.prefix_ids) - 2]) for e in data.held_out]
     found = judge.given([list(e.ids[: e.prompt_len]) for e in data.held_out], [judge._text(t) for t in tails])
     error = np.array([j.score for j in found]) - [e.score for e in data.held_out]

@@ -1,4 +1,4 @@
-"""The command line: ``tract-fast train | run | export | generate | evaluate | score | demo | doctor``.
+"""The command line: ``tract-fast train | run | export | generate | evaluate | compare | score | demo | doctor``.
 
 Commands import what they need when they run.
 """
@@ -133,6 +133,7 @@ def evaluate(
     skip: tyro.conf.FlagCreatePairsOff[bool] = False,
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
     dtype: Annotated[str, tyro.conf.arg(metavar="auto|bfloat16|float32")] = "auto",
+    calibrate: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
 ) -> int:
     """Judge held-out prompts and measure how far the scores agree with the true ones.
 
@@ -150,13 +151,30 @@ def evaluate(
         skip: Leave out and list broken records and prompts that are too long, instead of stopping.
         batch: Sequences generated at a time.
         dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
+        calibrate: Show calibrated scores, too, fitted to this folder of another evaluation, on held-out training data.
     """
     from tract_fast import evaluate as evaluation
     from tract_fast.judging import Source
 
     source = Source(data=data, holdout=holdout, split_seed=split_seed, limit=limit or None, skip=skip)
-    options = {"teacher_forced": teacher_forced, "batch": batch, "dtype": dtype}
+    options = {"teacher_forced": teacher_forced, "batch": batch, "dtype": dtype, "calibrate": calibrate}
     evaluation.show(evaluation.run(model, source, out, settings, **options), out)
+    return 0
+
+
+def compare(
+    first: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")],
+    second: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")],
+) -> int:
+    """Hold two evaluations of the same prompts against each other, prompt by prompt.
+
+    Args:
+        first: Folder that evaluate wrote.
+        second: Folder that evaluate wrote, on the same data.
+    """
+    from tract_fast import compare as comparison
+
+    comparison.show(comparison.run(first, second), first, second)
     return 0
 
 
@@ -179,9 +197,10 @@ def score(
         batch: Sequences generated at a time; 1 answers each line before the next is read.
         dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
     """
-    if batch < 1:
-        raise UserError(f"batch = {batch}: must be above 0")
-    with open(sys.stdin.fileno() if str(file) == "-" else file, "rb", closefd=str(file) != "-") as lines:
+    piped = str(file) == "-"
+    if (sys.stdin is None) if piped else not file.is_file():
+        raise UserError("standard input is closed" if piped else f"{file}: there is no such file")
+    with open(sys.stdin.fileno() if piped else file, "rb", closefd=not piped) as lines:
         from tract_fast import score as scoring
         from tract_fast.judge import Judge
 
@@ -216,6 +235,7 @@ COMMANDS = {
     "export": export,
     "generate": generate,
     "evaluate": evaluate,
+    "compare": compare,
     "score": score,
     "demo": demo,
     "doctor": doctor,
@@ -226,6 +246,7 @@ WORDS = {  # what a command takes besides flags, as it is told to who leaves it 
     "export": ("a run: tract-fast export RUN_DIR", 1, 1),
     "generate": ("a judge and data: tract-fast generate MODEL DATA", 2, 2),
     "evaluate": ("a judge and data: tract-fast evaluate MODEL DATA", 2, 2),
+    "compare": ("two evaluations: tract-fast compare A B", 2, 2),
     "score": ("a judge: tract-fast score MODEL [FILE]", 1, 2),
 }
 

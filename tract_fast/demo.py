@@ -40,8 +40,7 @@ def run(dir: Path) -> int:
     code = train.run(recipe)
     if code:
         return code
-    if not (dir / "judge" / "merged" / "tract.json").is_file():
-        checkpoint.export(dir)
+    checkpoint.export(dir)
     source = judging.Source(data=recipe.data.train, holdout=recipe.data.holdout, split_seed=recipe.train.seed)
     models = {"before": recipe.model.path, "after": str(dir / "judge" / "merged")}
     found = {}
@@ -73,7 +72,7 @@ def recipe_file() -> Path:
 
 def table(before: dict, after: dict, given_before: dict, given_after: dict) -> Table:
     """RAIL and decoded scores after generated rationales, and RAIL after given ones, before and after training."""
-    from tract_fast.evaluate import interval
+    from tract_fast.evaluate import bounded
     from tract_fast.metrics import MEASURES
 
     title = f"{after['n']} held-out prompts, one generated rationale each"
@@ -81,8 +80,8 @@ def table(before: dict, after: dict, given_before: dict, given_after: dict) -> T
     for name in ("", "before", "after"):
         rows.add_column(name, justify="right" if name else "left")
     for name in MEASURES:
-        rows.add_row(f"RAIL, {name}", *(interval(found["rail"][name]) for found in (before, after)))
-    rows.add_row("decoded, pearson", *(interval(found["decoded"]["pearson"]) for found in (before, after)))
+        rows.add_row(f"RAIL, {name}", *(bounded(found["rail"][name]) for found in (before, after)))
+    rows.add_row("decoded, pearson", *(bounded(found["decoded"]["pearson"]) for found in (before, after)))
     missing = (f"{found['no_score_sentence']} of {found['draws']}" for found in (before, after))
     rows.add_row("rationales without a score sentence", *missing)
     rows.add_row("probability on score tokens", *(f"{found['score_mass']:.3f}" for found in (before, after)))

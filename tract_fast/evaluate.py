@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from tract_fast.checkpoint import make_folder, replace_file
 from tract_fast.data import batch as batches
 from tract_fast.data.feedback import Example
 from tract_fast.data.prompt import Encoded
-from tract_fast.errors import UserError
-from tract_fast.judge import Judge, mean_of_known
+from tract_fast.judge import Judge, mean_of_known, prompts_at_once
 from tract_fast.judging import Item, Say, Source, draws, judge_all, read_examples, render
 from tract_fast.metrics import MEASURES, agreement, with_intervals
 from tract_fast.model import TractModel
+from tract_fast.readings import calibrated, readings, reliability
 from tract_fast.recipe import Recipe, Sampling
 from tract_fast.report import plot_scores
 from tract_fast.shard import Ranks, all_sum, reshard
@@ -45,51 +46,65 @@ def run(
     teacher_forced: bool = False,
     batch: int = 16,
     dtype: str = "auto",
+    calibrate: Path | None = None,
     say: Say = print,
 ) -> dict:
     """Evaluate a judge (see ``Judge.from_pretrained``) on the source's held-out side; returns what ``metrics.json``
     holds.
 
     Writes ``metrics.json``, ``scores.png`` and what ``judging.judge_all`` does in ``out``; one that was begun with the
-    same settings is gone on with. ``batch`` counts sequences. Raises UserError before any generation where data, model
-    or settings cannot work, or ``out`` holds another evaluation.
+    same settings is gone on with. ``batch`` counts sequences; ``calibrate`` is the folder of another evaluation (see
+    ``readings.calibrated``). Raises UserError before any generation where data, model or settings cannot work, or
+    ``out`` holds another evaluation.
     """
-    if batch < 1:
-        raise UserError(f"batch = {batch}: must be above 0")
+    prompts_at_once(batch, 1 if teacher_forced else settings.n)
     make_folder(out, "--out")
     judge = Judge.from_pretrained(model, dtype=dtype, say=say)
-    given = teacher_forced or not judge.writes
-    if given:
+    rationales = "none" if not judge.writes else "given" if teacher_forced else "generated"
+    generated = rationales == "generated"
+    if not generated:
         settings = replace(settings, n=1)
-    rationale = "keep" if given and judge.writes else "drop"
+    rationale = "keep" if rationales == "given" else "drop"
     examples, left_out = read_examples(judge, source, held_out=True, rationale=rationale, say=say)
-    items = [Item(e.id, e.prompt, e.rationale, e.score, e.question) for e in examples] if given else by_prompt(examples)
-    new_tokens = 0 if given else settings.max_new_tokens
-    items = render(judge, items[: source.limit], new_tokens, skip=source.skip, left_out=left_out, say=say)
-    if given:
-        mode = "teacher-forced" if judge.writes else "without rationales"
-        say(f"mode: {mode}; decoded is the likeliest label")
+    if rationales == "given":
+        items = [Item(e.id, e.prompt, e.rationale, e.score, e.question) for e in examples]
     else:
-        say(f"mode: {settings.n} generated rationale{'s' * (settings.n > 1)} a prompt; decoded is what the sample says")
-    records, job = judge_all(judge, items, settings, out, batch=batch, given=given, say=say)
-    metrics = summary(records) | {"left_out": left_out, "model": model, "data": source.data, **job}
-    replace_file(out / METRICS, json.dumps(metrics, indent=2) + "\n")
+        items = by_prompt(examples)
+    new_tokens = settings.max_new_tokens if generated else 0
+    items = render(judge, items[: source.limit], new_tokens, skip=source.skip, left_out=left_out, say=say)
+    decoded = "what the sample says" if generated else "the likeliest label"
+    say(f"rationales: {rationales}, {settings.n} a prompt; decoded is {decoded}")
+    records, job = judge_all(judge, items, settings, out, batch=batch, rationales=rationales, say=say)
+    metrics = summary(records) | {"readings": readings(records, judge.scale.values), **reliability(records)}
+    if calibrate:
+        metrics["calibrated"] = calibrated(records, calibrate)
+    metrics |= {"left_out": left_out, "model": model, **asdict(source), **job}
+    replace_file(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     plot_scores({"expected score": records}, out / "scores.png")
     return metrics
 
 
 def by_prompt(examples: Sequence[Example]) -> list[Item]:
-    """One item per prompt, in order of first appearance, its label the mean of the scores that the prompt has."""
+    """One item per prompt, in order of first appearance, its label the mean of the scores that the prompt has.
+
+    Its id is that of its first example; of a benchmark's judgements 7#1, 7#2, ... it is 7.
+    """
     groups: dict[str, list[Example]] = {}
     for e in examples:
         groups.setdefault(e.prompt, []).append(e)
-    items = []
-    for prompt, group in groups.items():
-        names = {e.id.rpartition("#")[0] for e in group}  # a benchmark's record 7 is judgements 7#1, 7#2, ...
-        name = names.pop() if len(names) == 1 and len(group) > 1 else ""
-        label = statistics.fmean(e.score for e in group)
-        items.append(Item(name or group[0].id, prompt, "", label, group[0].question))
-    return items
+    first = [group[0].id for group in groups.values()]
+    short = [_common_name(group) or group[0].id for group in groups.values()]
+    taken = Counter([*short, *(e.id for e in examples)])
+    return [
+        Item(name if taken[name] == 1 else id, prompt, "", statistics.fmean(e.score for e in group), group[0].question)
+        for name, id, (prompt, group) in zip(short, first, groups.items(), strict=True)
+    ]
+
+
+def _common_name(group: Sequence[Example]) -> str | None:
+    """What stands before the number in the ids of one record's judgements."""
+    names = {e.id.rpartition("#")[0] for e in group}
+    return names.pop() if len(names) == 1 and len(group) > 1 else None
 
 
 def summary(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -147,11 +162,25 @@ def table(metrics: dict[str, Any]) -> Table:
     for name, _ in columns:
         shown.add_column(name, justify="right")
     for name in MEASURES:
-        shown.add_row(name, *(interval(found[name]) for _, found in columns))
+        shown.add_row(name, *(bounded(found[name]) for _, found in columns))
     return shown
 
 
-def interval(found: dict[str, float | None]) -> str:
+def other_readings(metrics: dict[str, Any]) -> Table:
+    """What else the same rationales say: other readings of their distributions, and calibrated scores."""
+    shown = Table(title="The same judgements, read otherwise", title_justify="left")
+    names = ("pearson", "rmse", "mae")
+    for name in ("", *names):
+        shown.add_column(name, justify="right" if name else "left")
+    rows = dict(metrics["readings"])
+    if "calibrated" in metrics:
+        rows |= {f"RAIL, {name}": metrics["calibrated"][name] for name in ("affine", "isotonic")}
+    for title, found in rows.items():
+        shown.add_row(title, *(bounded(found[name]) for name in names))
+    return shown
+
+
+def bounded(found: dict[str, float | None]) -> str:
     """``.812 [.700, .901]``, a value and its 95% interval."""
     if found["value"] is None:
         return "undefined"
@@ -163,16 +192,20 @@ def show(metrics: dict[str, Any], out: Path) -> None:
     """Print what ``evaluate`` found and where it is."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(table(metrics))
+    console.print(other_readings(metrics))
     if metrics["rationales"] == "generated":
         missing = f"{metrics['no_score_sentence']} of {metrics['draws']} rationales never reached the score sentence"
         console.print(f"{missing}; there it was forced after what was written")
-    mass = metrics["score_mass"]
+    mass, spread = metrics["score_mass"], metrics["spread"]
     console.print(f"95% intervals: bootstrap over questions; score mass {mass:.3f}; computed in {metrics['dtype']}")
+    console.print(
+        f"standard deviation of expected scores {spread['expected_score']:.3f}, of true {spread['label']:.3f}"
+    )
     console.print(f"written: {out}", markup=False)
 
 
 @torch.no_grad()
-def teacher_forced(model: TractModel, examples: Sequence[Encoded], recipe: Recipe, ranks: Ranks) -> dict:
+def held_out_metrics(model: TractModel, examples: Sequence[Encoded], recipe: Recipe, ranks: Ranks) -> dict:
     """Metrics on given rationales: the expected score after each, against that example's own score.
 
     Returns pearson, spearman, rmse, mae, ce (mean over tokens, natural log), score_mass (mean vocabulary probability

@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from tract_fast.checkpoint import make_folder, replace_file
 from tract_fast.data.feedback import Example
 from tract_fast.errors import UserError
-from tract_fast.evaluate import interval
 from tract_fast.judge import Judge
 from tract_fast.judging import Item, Say, Source, draws, judge_all, line, read_examples, render
-from tract_fast.metrics import with_intervals
+from tract_fast.metrics import agreement
 from tract_fast.recipe import Fault, Generate
 
 RATIONALES, HEALTH = "rationales.jsonl", "health.json"
@@ -65,7 +65,7 @@ def run(
     annotated = [len(e.rationale.split()) for e in examples if e.rationale]
     items = items_of(examples[: source.limit], settings.n)
     items = render(judge, items, settings.max_new_tokens, skip=source.skip, left_out=left_out, say=say)
-    records, job = judge_all(judge, items, settings, out, batch=settings.batch, given=False, say=say)
+    records, job = judge_all(judge, items, settings, out, batch=settings.batch, rationales="generated", say=say)
     found = [one for item, record in zip(items, records, strict=True) for one in written(item, record)]
     span = max(judge.scale.values) - min(judge.scale.values)
     faults = [list(faults_of(one, annotated, span, settings.max_new_tokens)) for one in found]
@@ -146,7 +146,7 @@ def health_of(found: Sequence[Written], faults: Sequence[Sequence[str]], annotat
         "words": quartiles(lengths),
         "words_annotated": quartiles(annotated),
         "repeated_mean": statistics.fmean(repeated(one.text.split()) for one in found),
-        "agreement": with_intervals(*columns, [one.item.question for one in found]),
+        "agreement": agreement(*map(np.array, columns)),
     }
 
 
@@ -164,7 +164,7 @@ def show(health: dict[str, Any], out: Path) -> None:
         if health[name]:
             rows.add_row(f"{name}: quartiles", ", ".join(f"{value:g}" for value in health[name]))
     for name, found in health["agreement"].items():
-        rows.add_row(f"own score: {name}", interval(found))
+        rows.add_row(f"own score: {name}", "undefined" if found is None else f"{found:.3f}")
     console = Console(highlight=False, soft_wrap=True)
     console.print(rows)
     console.print(f"written: {health['kept']} records, {out / RATIONALES}", markup=False)

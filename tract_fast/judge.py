@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from tract_fast.data import prompt as prompts
-from tract_fast.data.feedback import cut_rationale, has_verdict, read_label
+from tract_fast.data.feedback import cut_rationale, has_score, read_label
 from tract_fast.data.scores import SENTENCE, ScoreScale, find_scale
 from tract_fast.errors import UserError
 from tract_fast.model import DTYPES, load_config, load_lm, load_tokenizer, round_to
@@ -47,7 +47,7 @@ class Draw:
     decoded_score: float | None
     """The score that the sample itself ends with; teacher-forced, the likeliest label; None where it wrote none."""
     complete: bool
-    """The sample reached its score sentence. Where it did not, it was forced after what there was."""
+    """The sample reached a score. Where it did not, the score sentence was forced after what there was."""
     tokens: int
     """Tokens generated."""
 
@@ -74,6 +74,13 @@ class Judgement:
             decoded_score=mean_of_known(d.decoded_score for d in draws),
             draws=tuple(draws),
         )
+
+
+def prompts_at_once(batch: int, n: int) -> int:
+    """Prompts of a batch of so many sequences, ``n`` each. Raises UserError where not one fits."""
+    if batch < n or batch < 1:
+        raise UserError(f"batch = {batch}: must be at least {max(n, 1)}, the rationales of one prompt (n)")
+    return batch // n
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:
@@ -140,6 +147,10 @@ class Judge:
             check_tokens(folder / DESCRIPTION, about, scale)
         prompts.check_tokenizer(tokenizer, scale, found.chat_template_kwargs or {})
         lm = load_lm(model, dtype=DTYPES[chosen], attention_name="eager" if caps else "sdpa", config=config)
+        if getattr(lm, "_is_stateful", False):
+            raise UserError(
+                f"{path}: {lm.config.model_type} keeps a state instead of a key-value cache, which is not read"
+            )
         if adapter:
             lm = _merged(lm, adapter)
         return cls(lm.to(device), tokenizer, scale, found)
@@ -182,6 +193,11 @@ class Judge:
             return f"the prompt has {length} tokens and {context}"
         return None
 
+    def trap(self, text: str) -> str | None:
+        """Why a prompt from a stranger must not be judged, if so: what it holds would be read as the dialog's own."""
+        found = prompts.control_tokens(self.tokenizer, [text])
+        return f"the prompt holds the text {next(iter(found))!r}, which is a control token" if found else None
+
     @property
     def writes(self) -> bool:
         """Whether the judge writes a rationale before its score."""
@@ -202,16 +218,19 @@ class Judge:
             batch: sequences (prompts times ``n``) generated at a time.
             settings: ``temperature, top_p, repetition_penalty, max_new_tokens, seed`` of ``recipe.Sampling``.
 
-        Raises UserError for an empty prompt and for one longer than the model's context allows.
+        Raises UserError for an empty prompt, one longer than the model's context allows, and one that holds a control
+        token: a response could end its turn with it and write its own judgement.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         chosen = Sampling(n=n, **settings)
+        step = prompts_at_once(batch, n)
+        if not texts:
+            return []
         ids = self.render(texts)
         for number, (text, tokens) in enumerate(zip(texts, ids, strict=True)):
-            if why := self.obstacle(text, len(tokens), self.new_tokens(chosen)):
+            if why := self.trap(text) or self.obstacle(text, len(tokens), self.new_tokens(chosen)):
                 raise UserError(why if isinstance(prompt, str) else f"prompt {number}: {why}")
         found: list[Judgement] = []
-        step = max(1, batch // n)
         for i in range(0, len(texts), step):
             found += self.judge(texts[i : i + step], ids[i : i + step], chosen)
         return found[0] if isinstance(prompt, str) else found
@@ -238,7 +257,7 @@ class Judge:
                 distribution=tuple(probs[s]),
                 score_mass=mass[s],
                 decoded_score=self._decoded(reply),
-                complete=has_verdict(reply),
+                complete=has_score(reply),
                 tokens=len(out.tokens[s]),
             )
             for s, reply in enumerate(replies)
@@ -276,6 +295,10 @@ class Judge:
         """Score probabilities (S, K), score mass (S,), expected scores (S,) at the last position of ``inputs``."""
         out = self.lm(**inputs, **{cache_name(self.lm): cache}, use_cache=cache is not None, logits_to_keep=1)
         logits = out.logits[:, -1].double()
+        if not logits.isfinite().all():
+            raise UserError(
+                f"the model's logits are not finite, in {self.dtype}: its weights are broken, or its range is too small"
+            )
         scores = logits[:, list(self.scale.token_ids)]
         in_vocabulary = (scores - logits.logsumexp(-1, keepdim=True)).exp()
         probs = scores.softmax(-1) if self.about.normalize == "scores" else in_vocabulary
@@ -289,7 +312,7 @@ class Judge:
             return 0
         end = reply.index(rationale) + len(rationale)
         count = len(tokens)
-        while len(self._text(tokens[: count - 1])) >= end:
+        while self._text(tokens[: count - 1]).startswith(reply[:end]):  # half a character decodes to another one
             count -= 1
         return count
 
@@ -302,7 +325,11 @@ class Judge:
 
     def fingerprint(self) -> str:
         """A hash of entries spread over all weights, and of what else decides a score."""
-        digest = hashlib.sha256(repr((self.scale, self.about, self.dtype, self.tokenizer.chat_template)).encode())
+        config = {
+            k: v for k, v in self.lm.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")
+        }
+        how = self.lm.config._attn_implementation, self.ends, self.tokenizer.chat_template
+        digest = hashlib.sha256(repr((self.scale, self.about, self.dtype, config, how)).encode())
         for name, p in sorted(self.lm.named_parameters()):
             flat = p.detach().flatten()
             step = max(1, len(flat) // FINGERPRINT_ENTRIES)
@@ -356,7 +383,7 @@ def read_description(path: Path) -> Description:
     """A judge's ``tract.json``. Raises UserError where a field is missing, of another type, or of another version."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise UserError(f"{path} is not of format {FORMAT}, which this version reads: export the judge again")

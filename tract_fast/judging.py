@@ -6,10 +6,13 @@ its lines are there; stopped and started again, the rest is computed, with the s
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from tract_fast.checkpoint import replace_file
 from tract_fast.data import feedback, prompt as prompts
 from tract_fast.data.feedback import Example
 from tract_fast.errors import UserError
-from tract_fast.judge import Judge, Judgement
+from tract_fast.judge import Judge, Judgement, prompts_at_once
 from tract_fast.recipe import Sampling
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
@@ -81,7 +84,7 @@ def read_examples(
     examples = loaded.examples
     if source.holdout:
         examples = feedback.split_by_question(examples, source.holdout, source.split_seed)[held_out]
-    for token, count in prompts.control_tokens(judge.tokenizer, examples).items():
+    for token, count in prompts.control_tokens(judge.tokenizer, (e.prompt for e in examples)).items():
         say(f"warning: {count} prompts hold the text {token!r}, which the tokenizer reads as a control token")
     return examples, [{"where": s.where, "why": s.why} for s in loaded.skipped]
 
@@ -96,8 +99,11 @@ def render(
     for item, ids, tail in zip(items, judge.render([item.prompt for item in items]), rationales, strict=True):
         item = replace(item, ids=ids, length=len(ids) + len(tail))
         why = judge.obstacle(item.prompt, item.length, new_tokens)
+        if not why and (found := prompts.control_tokens(judge.tokenizer, [item.rationale])):
+            why = f"its rationale holds the text {next(iter(found))!r}, which is a control token"
         if why and not skip:
-            raise UserError(f"{item.id}: {why}; lower max_new_tokens, or leave such prompts out with --skip")
+            lower = "lower max_new_tokens, or " if new_tokens else ""
+            raise UserError(f"{item.id}: {why}; {lower}leave such records out with --skip")
         if why:
             left_out.append({"where": item.id, "why": why})
         else:
@@ -111,17 +117,37 @@ def render(
 
 
 def judge_all(
-    judge: Judge, items: Sequence[Item], settings: Sampling, out: Path, *, batch: int, given: bool, say: Say
+    judge: Judge, items: Sequence[Item], settings: Sampling, out: Path, *, batch: int, rationales: str, say: Say
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The prediction of every item, in their order, and all that decides the numbers.
 
     Writes ``predictions.jsonl`` and ``settings.json`` in ``out``; what is there already, by the same settings, is
-    gone on with. ``batch`` counts sequences; ``given``: after the items' own rationales. Raises UserError where ``out``
-    holds predictions by other settings.
+    gone on with. ``batch`` counts sequences; ``rationales``: "generated", "given" (those of the items) or "none".
+    Raises UserError where ``out`` holds predictions by other settings, or another process writes there.
     """
-    job = _job(judge, items, settings, batch, "given" if given else "generated")
+    with locked(out):
+        return _judge_all(judge, items, settings, out, batch=batch, rationales=rationales, say=say)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process. Raises UserError where another has it: both would write the same file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder} is being written by another process: wait for it, or give another --out") from None
+    finally:
+        os.close(handle)
+
+
+def _judge_all(
+    judge: Judge, items: Sequence[Item], settings: Sampling, out: Path, *, batch: int, rationales: str, say: Say
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    job = _job(judge, items, settings, batch, rationales)
     _claim(out, job)
-    found = _predict(judge, items, settings, out / PREDICTIONS, batch=batch, given=given, say=say)
+    found = _predict(judge, items, settings, out / PREDICTIONS, batch=batch, rationales=rationales, say=say)
     records = [found[item.id] for item in items]
     replace_file(out / PREDICTIONS, "".join(map(line, records)))
     return records, job
@@ -148,19 +174,22 @@ def _job(judge: Judge, items: Sequence[Item], settings: Sampling, batch: int, ra
 
 def _claim(out: Path, job: dict[str, Any]) -> None:
     """Refuse an ``out`` with predictions by other settings."""
-    path = out / SETTINGS
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else job
-    other = [key for key in job if before.get(key) != job[key]]
+    path, another = out / SETTINGS, "give another --out"
+    if not path.exists() and (out / PREDICTIONS).exists():
+        raise UserError(f"{out} holds {PREDICTIONS} without the settings they were made with: {another}")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else job
+        other = [key for key in job if before.get(key) != job[key]]
+    except (ValueError, AttributeError):
+        raise UserError(f"{path} is damaged: {another}") from None
     if other:
         key = other[0]
-        raise UserError(
-            f"{out} holds predictions with {key} = {before.get(key)}, and these have {job[key]}: give another --out"
-        )
+        raise UserError(f"{out} holds predictions with {key} = {before.get(key)}, and these have {job[key]}: {another}")
     replace_file(path, json.dumps(job, indent=2) + "\n")
 
 
 def line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
@@ -179,14 +208,14 @@ def read_predictions(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _predict(
-    judge: Judge, items: Sequence[Item], settings: Sampling, path: Path, *, batch: int, given: bool, say: Say
+    judge: Judge, items: Sequence[Item], settings: Sampling, path: Path, *, batch: int, rationales: str, say: Say
 ) -> dict[str, dict[str, Any]]:
     """The prediction of every item by id. Those that ``path`` holds are taken; others are added to it, batchwise."""
     found = read_predictions(path)
     replace_file(path, "".join(map(line, found.values())))  # without a torn line
     # prompts of about the same length together, the longest first: what does not fit into memory shows at once
     order = sorted(range(len(items)), key=lambda i: (-items[i].length, i))
-    step = max(1, batch // settings.n)
+    step = prompts_at_once(batch, settings.n)
     plan = [[items[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
     todo = [chosen for chosen in plan if not all(item.id in found for item in chosen)]
     done = len(items) - sum(map(len, todo))
@@ -196,7 +225,7 @@ def _predict(
     with path.open("a", encoding="utf-8") as file:
         for chosen in todo:
             ids = [item.ids for item in chosen]
-            if given:
+            if rationales != "generated":
                 judgements = judge.given(ids, [item.rationale for item in chosen])
             else:
                 firsts = [item.first for item in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from scipy import stats
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 UNDEFINED = 0.05  # the share of resamples without a value above which there is no interval
+TINY = 1e-9  # an error, or a distance of |r| from 1, that is rounding
 
 Measure = Callable[[np.ndarray, np.ndarray], float]
 
@@ -56,50 +58,103 @@ def with_intervals(
     """``{measure: {"value", "low", "high"}}`` with 95% intervals, None where undefined.
 
     Bootstrap over whole questions, since judgements on one question share its answer: Student's t with the standard
-    error of 1000 resamples, on the scale on which a measure varies evenly (``interval``). In a simulation
-    (``tests/coverage.py``) such intervals held the true value in 93 to 96% of the trials with 10, 16, 40 and 80
-    questions of four judgements. With fewer than two questions there is no interval.
+    error of 1000 resamples, on the scale on which a measure varies evenly (``interval``). How often such intervals held
+    the true value in simulations: docs/results.md (``tests/coverage.py``). With fewer than two questions there is none.
     """
     predicted, label = np.asarray(predicted, float), np.asarray(label, float)
-    _, number = np.unique(np.array(question, dtype=str), return_inverse=True)
-    members = [np.flatnonzero(number == q) for q in range(number.max(initial=-1) + 1)]
+    members = questions_of(question)
+    drawn = resamples(members, seed=seed)
     found = {}
     for name in MEASURES:
-        low, high = interval(name, predicted, label, members, seed=seed) if len(members) > 1 else (None, None)
+        low, high = interval(name, predicted, label, drawn, len(members))
         found[name] = {"value": measure(name, predicted, label), "low": low, "high": high}
     return found
 
 
+def paired(
+    first: Sequence[float], second: Sequence[float], label: Sequence[float], question: Sequence[str], *, seed: int = 0
+) -> dict[str, dict[str, float | None]]:
+    """``{measure: {"first", "second", "difference", "low", "high", "p"}}`` of two judges on the same prompts.
+
+    ``difference`` is second minus first, with its 95% interval and the two-sided p of none: both judges are resampled
+    together, by whole questions, and the difference over its standard error is taken for Student's t.
+    """
+    first, second, label = (np.asarray(x, float) for x in (first, second, label))
+    members = questions_of(question)
+    drawn = resamples(members, seed=seed)
+
+    def difference(name: str, chosen: np.ndarray) -> float | None:
+        a, b = (measure(name, x[chosen], label[chosen]) for x in (first, second))
+        return None if a is None or b is None else b - a
+
+    found = {}
+    for name in MEASURES:
+        value = difference(name, np.arange(len(label)))
+        error = standard_error(functools.partial(difference, name), drawn, len(members))
+        row = {"first": measure(name, first, label), "second": measure(name, second, label), "difference": value}
+        row |= {"low": None, "high": None, "p": None}
+        if value is not None and error:
+            half = quantile(len(members)) * error
+            p = 2 * stats.t.sf(abs(value) / error, len(members) - 1)
+            row |= {"low": value - half, "high": value + half, "p": float(p)}
+        found[name] = row
+    return found
+
+
+def questions_of(question: Sequence[str]) -> list[np.ndarray]:
+    """The indices of each question's judgements."""
+    members: dict[str, list[int]] = {}
+    for i, text in enumerate(question):
+        members.setdefault(text, []).append(i)
+    return [np.array(found) for found in members.values()]
+
+
+def quantile(questions: int) -> float:
+    """Of Student's t, for a two-sided interval of CONFIDENCE over so many questions."""
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, questions - 1))
+
+
+def resamples(members: Sequence[np.ndarray], *, seed: int, count: int = RESAMPLES) -> list[np.ndarray]:
+    """Indices of ``count`` resamples: as many questions as there are, drawn whole and with replacement."""
+    if not members:
+        return []
+    drawn = np.random.default_rng(seed).integers(len(members), size=(count, len(members)))
+    return [np.concatenate([members[q] for q in row]) for row in drawn]
+
+
+def standard_error(
+    statistic: Callable[[np.ndarray], float | None], drawn: Sequence[np.ndarray], questions: int
+) -> float | None:
+    """The bootstrap's standard error of ``statistic(indices)``.
+
+    A bootstrap of n units has (n - 1) / n of the variance, which the result makes up for (Hesterberg 2015, arXiv
+    1411.5279, section 4). None with fewer than two questions, and where the statistic has no value on more than
+    ``UNDEFINED`` of the resamples.
+    """
+    found = [value for value in map(statistic, drawn) if value is not None]
+    if questions < 2 or len(found) < (1 - UNDEFINED) * len(drawn):
+        return None
+    return float(np.std(found, ddof=1)) * math.sqrt(questions / (questions - 1))
+
+
 def interval(
-    name: str,
-    predicted: np.ndarray,
-    label: np.ndarray,
-    members: list[np.ndarray],
-    *,
-    seed: int,
-    resamples: int = RESAMPLES,
+    name: str, predicted: np.ndarray, label: np.ndarray, drawn: Sequence[np.ndarray], questions: int
 ) -> tuple[float | None, float | None]:
-    """The 95% interval of one measure; ``members[q]`` are the indices of the judgements on question q.
+    """The 95% interval of one measure over so many ``questions``; ``drawn`` are the indices of each resample.
 
     Correlations are taken as artanh r (Fisher 1921) and errors as logarithms, so that an interval stays within what
-    the measure can be. A bootstrap of n units has (n - 1) / n of the variance; that and the few units are what
-    Student's t and the factor make up for (Hesterberg 2015, arXiv 1411.5279, section 4). (None, None) where the value,
-    or more than ``UNDEFINED`` of the resamples, has none on that scale: no error at all, or every score the same.
+    the measure can be. The standard error is carried to that scale by its slope at the value: resamples without any
+    error are ordinary ones, and their logarithms are not. Student's t makes up for few questions. (None, None) for a
+    value at the end of its range, or where the bootstrap has no standard error.
     """
-    to_scale, from_scale = (np.log, np.exp) if name in ERRORS else (np.arctanh, np.tanh)
-
-    def scaled(chosen: np.ndarray) -> float:
-        value = measure(name, predicted[chosen], label[chosen])
-        return math.nan if value is None else float(to_scale(value))
-
-    questions = len(members)
-    drawn = np.random.default_rng(seed).integers(questions, size=(resamples, questions))
-    with np.errstate(divide="ignore"):  # artanh 1 and log 0
-        value = scaled(np.concatenate(members))
-        found = np.array([scaled(np.concatenate([members[q] for q in row])) for row in drawn])
-    found = found[np.isfinite(found)]
-    if not math.isfinite(value) or len(found) < (1 - UNDEFINED) * resamples:
+    value = measure(name, predicted, label)
+    error = standard_error(lambda chosen: measure(name, predicted[chosen], label[chosen]), drawn, questions)
+    if value is None or error is None:
         return None, None
-    error = found.std(ddof=1) * math.sqrt(questions / (questions - 1))
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, questions - 1) * error
-    return float(from_scale(value - half)), float(from_scale(value + half))
+    half = quantile(questions) * error
+    if name in ERRORS:
+        return (None, None) if value < TINY else (value * math.exp(-half / value), value * math.exp(half / value))
+    if 1 - abs(value) < TINY:
+        return None, None
+    middle, half = math.atanh(value), half / (1 - value**2)
+    return math.tanh(middle - half), math.tanh(middle + half)

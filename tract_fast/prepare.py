@@ -70,7 +70,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
             first = f"first {dropped[0].where}: {dropped[0].why}"
             say(f"data: {len(dropped)} of {len(examples)} {what} examples left out, {first}")
         encoded.append(kept)
-    for token, count in prompt.control_tokens(tokenizer, [*train, *held_out]).items():
+    for token, count in prompt.control_tokens(tokenizer, (e.prompt for e in [*train, *held_out])).items():
         say(f"warning: {count} prompts hold the text {token!r}, which the tokenizer reads as a control token")
     if not encoded[0]:
         raise UserError(f"data.train = {recipe.data.train}: no example is left to train on")

@@ -32,10 +32,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from tract_fast.data.feedback import RESULT, SCORE_SENTENCE
 from tract_fast.recipe import Sampling
 
 # a score and what shows that it is whole; the tail of a text is enough to find it in
-SCORE_IS_WRITTEN = re.compile(r"(?:So the overall score is\s+(?:an? )?|\[RESULT\][\s:]*)\S+\s")
+SCORE_IS_WRITTEN = re.compile(rf"(?:{SCORE_SENTENCE.pattern}|{RESULT.pattern})\s")
 TAIL = 32  # tokens
 MIN_ROOM = 64  # slots
 LIKELIEST = 1024

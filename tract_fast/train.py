@@ -215,7 +215,7 @@ def evaluate_if_due(job: Job, done: int, out: log.RunLog) -> None:
     every = job.recipe.train.eval_every
     if job.data.held_out and (done in (0, job.total) or (every and done % every == 0)):
         out.evaluating(len(job.data.held_out))
-        out.evaluation(done, evaluate.teacher_forced(job.model, job.data.held_out, job.recipe, job.ranks))
+        out.evaluation(done, evaluate.held_out_metrics(job.model, job.data.held_out, job.recipe, job.ranks))
 
 
 def save(job: Job, step: int, out: log.RunLog) -> None:

@@ -24,8 +24,10 @@ from tract_fast.data.records import EXAMPLE, Record, Skipped, read_records
 from tract_fast.errors import UserError
 
 RESULT = re.compile(r"\[RESULT\][\s:]*(\S+)")
-SCORE_SENTENCE = re.compile(r"So the overall score is\s+(?:an? )?(\S+)")
-VERDICT = re.compile(r"So the overall|\b(?i:so|therefore|thus|hence),? the overall score is")
+SENTENCE = r"\b(?i:so|therefore|thus|hence),? the overall score is"
+# possessive: else the article of "is a 4" would count as a score until the 4 is written
+SCORE_SENTENCE = re.compile(SENTENCE + r"\s+(?:an? )?+(\S+)")
+VERDICT = re.compile(rf"So the overall|{SENTENCE}")
 IN_RESULT, IN_SENTENCE = "[RESULT]", "the score sentence"
 AROUND_SCORE = "()[]{}\"'*`.,;:!"  # what may stand around a score in a judge's output
 PLAIN = ("prompt", "rationale", "score", "weight", "id", "question")
@@ -246,9 +248,9 @@ def _example(where: str, fields: dict[str, Any], scale: dict[str, float], ration
     )
 
 
-def has_verdict(text: str) -> bool:
-    """Whether a judge's output reaches its verdict, which ends the rationale."""
-    return bool(VERDICT.search(text)) or "[RESULT]" in text
+def has_score(text: str) -> bool:
+    """Whether a judge's output reaches a score, on the scale or not: in the score sentence, or after "[RESULT]"."""
+    return bool(SCORE_SENTENCE.search(text) or RESULT.search(text))
 
 
 def cut_rationale(text: str) -> str:

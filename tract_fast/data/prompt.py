@@ -7,7 +7,7 @@ after it, the score sentence is forced after that. The chat template writes what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -162,10 +162,10 @@ def encode(
     return kept, left_out
 
 
-def control_tokens(tokenizer: Any, examples: Sequence[Example]) -> dict[str, int]:
-    """How many prompts hold each of the tokenizer's special tokens as text, which it will read as control tokens."""
-    prompts = {e.prompt for e in examples}
-    counts = {token: sum(token in prompt for prompt in prompts) for token in tokenizer.all_special_tokens}
+def control_tokens(tokenizer: Any, texts: Iterable[str]) -> dict[str, int]:
+    """How many of the texts hold each of the tokenizer's special tokens, which it will read as control tokens."""
+    texts = set(texts)
+    counts = {token: sum(token in text for text in texts) for token in tokenizer.all_special_tokens}
     return {token: count for token, count in counts.items() if count}
 
 
