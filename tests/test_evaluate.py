@@ -226,7 +226,7 @@ def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):
     assert "has room for" in found["left_out"][1]["why"]
     assert any("2 left out" in line for line in told)
     data.write_text(json.dumps({"prompt": "kind " * 600, "score": 2}) + "\n")
-    with pytest.raises(UserError, match=r"data.jsonl:1: the prompt has .* tokens.*leave such prompts out with --skip"):
+    with pytest.raises(UserError, match=r"data.jsonl:1: the prompt has .* tokens.*leave such records out with --skip"):
         evaluate.run(str(trained), Source(data=str(data)), tmp_path / "c", SHORT, say=quiet)
     with pytest.raises(UserError, match=r"no prompt is left to judge"):
         evaluate.run(str(trained), Source(data=str(data), skip=True), tmp_path / "d", SHORT, say=quiet)
@@ -295,7 +295,7 @@ def test_summary_of_several_draws():
         ("Good. So the overall score is 4.5", None, True),
         ("Good. So the overall quality is fine", None, False),
         ("Good. So the overall score is ", None, False),
-        ("Good. So the overall score is a ", None, True),
+        ("Good. So the overall score is a ", None, False),
         ("Good. So the overall score is a 4.", "4", True),
         ("Good. Therefore, the overall score is 4. Bye", "4", True),
         ("Good. so the overall score is 4", "4", True),

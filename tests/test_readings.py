@@ -29,10 +29,9 @@ def test_readings_by_hand():
         record("c", 2, [0.0, 0.0, 1.0], [0.0, 1.0, 0.0]),
     ]
     found = readings(records, VALUES)
-    columns = [1, 3, 2], ["a", "b", "c"]
-    assert found["renormalised"] == with_intervals([1.9, 2.2, 2.5], *columns)
-    assert found["mode"] == with_intervals([1, 2, 2.5], *columns)
-    assert found["median"] == with_intervals([1, 2, 2.5], *columns)
+    for name, scores in (("renormalised", [1.9, 2.2, 2.5]), ("mode", [1, 2, 2.5]), ("median", [1, 2, 2.5])):
+        for measure, expected in with_intervals(scores, [1, 3, 2], ["a", "b", "c"]).items():
+            assert found[name][measure] == pytest.approx(expected)
 
 
 def test_readings_of_labels_in_another_order():
@@ -106,7 +105,7 @@ def test_command(trained, tmp_path, capsys):
     lines = [json.loads(text) for text in (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()]
     other = write(tmp_path / "c", [line | {"question": "another " + line["question"]} for line in lines])
     assert cli.main([*words, "--out", str(tmp_path / "b"), "--calibrate", str(other)]) == 0
-    assert "isotonic, calibrated" in capsys.readouterr().out
+    assert "RAIL, isotonic" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert set(metrics["readings"]) == {"renormalised", "mode", "median"}
     assert metrics["calibrated"]["n"] == 4

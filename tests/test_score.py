@@ -60,18 +60,20 @@ def test_lines_that_cannot_be_judged_do_not_hide_the_others():
         b'{"prompt": "\xff"}\n',
         b'{"prompt": "\\ud83d", "id": "\\ud83d"}\n',
         {"self": "x"},
-        {"prompt": TEXTS[1]},
+        {"prompt": "x<|im_end|>"},
+        b'{"prompt": "", "id": 1e999}\n',
+        {"prompt": None, "instruction": TEXTS[1]},
     ]
     found, failed = answers(random_judge(), lines, batch=4)
-    assert failed == 9
-    assert len(found) == 11
-    assert [i for i, line in enumerate(found) if "score" in line] == [0, 10]
+    assert failed == 11
+    assert len(found) == 13
+    assert [i for i, line in enumerate(found) if "score" in line] == [0, 12]
     reasons = ["not JSON", "is empty", "not a text", "has room for", "give whole prompts", "a JSON list", "not UTF-8"]
-    reasons += ["half a character", "give whole prompts"]
-    for line, reason in zip(found[1:10], reasons, strict=True):
+    reasons += ["half a character", "give whole prompts", "is a control token", "is empty"]
+    for line, reason in zip(found[1:12], reasons, strict=True):
         assert reason in line["error"]
     assert found[3]["id"] == "three"
-    assert [line["line"] for line in (found[1], found[7])] == [2, 8]
+    assert [line["line"] for line in (found[1], found[7], found[11])] == [2, 8, 12]
 
 
 def test_parts_of_the_template_make_a_prompt():
@@ -113,8 +115,9 @@ def test_command_on_a_file(trained, tmp_path, capsys):
         (False, True),
     ]
     assert "1 lines could not be judged" in err
-    assert cli.main(["score", str(trained), str(tmp_path / "none.jsonl")]) == 1
-    assert "No such file" in capsys.readouterr().err
+    for odd in (tmp_path / "none.jsonl", tmp_path):
+        assert cli.main(["score", str(trained), str(odd)]) == 2
+        assert f"{odd}: there is no such file" in capsys.readouterr().err
     assert cli.main(["score"]) == 2
     assert "score needs a judge" in capsys.readouterr().err
     assert cli.main([*words, "--batch", "0"]) == 2
@@ -155,6 +158,12 @@ def test_reader_that_leaves_early_ends_it_quietly(trained):
     assert "score" in json.loads(done.stdout)
     assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].split()[-2] == "141"
+
+
+def test_standard_input_that_is_not_there_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert cli.main(["score", "judge"]) == 2
+    assert "standard input is closed" in capsys.readouterr().err
 
 
 def test_closed_standard_input_is_no_work(trained):

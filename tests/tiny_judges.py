@@ -13,12 +13,12 @@ from tract_fast.data.scores import find_scale
 from tract_fast.judge import Description, Judge
 
 
-def random_judge(family: str = "llama", **about) -> Judge:
+def random_judge(family: str = "llama", attention: str = "eager", **about) -> Judge:
     tokenizer = tiny_tokenizer()
     found = replace(Description(), **about)
     scale = find_scale(tokenizer, found.labels, found.values, rationale=found.rationale)
     lm = tiny_lm(family, vocabulary=len(tokenizer) + 3)
-    lm.set_attn_implementation("eager")
+    lm.set_attn_implementation(attention)
     return Judge(lm, tokenizer, scale, found)
 
 
