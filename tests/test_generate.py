@@ -156,4 +156,4 @@ def test_command(trained, tmp_path, capsys):
     assert "truncated, left out" in shown
     assert "own score: pearson" in shown
     assert cli.main([*words, "--batch", "0"]) == 2
-    assert "generate.batch = 0: must be above 0" in capsys.readouterr().err
+    assert "generate.batch = 0: must be at least 1" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Settings as YAML: every mistake in a file is told with its line, every strange name with the one that was meant."""
 
 from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 
@@ -154,3 +155,39 @@ def test_every_setting_has_its_meaning():
         "data.train",
         "run.dir",
     ]
+
+
+def test_base_gives_what_a_file_leaves_out(tmp_path):
+    (tmp_path / "base.yaml").write_text(REQUIRED + "train: {lr: 1e-3, batch: 2}\n")
+    (tmp_path / "inside").mkdir()
+    path = tmp_path / "inside" / "r.yaml"
+    path.write_text("base: ../base.yaml\ntrain: {lr: 2e-3}\n")
+    recipe = recipes.load(path, ["--run.dir", "elsewhere"])
+    assert (recipe.train.lr, recipe.train.batch, recipe.run.dir, recipe.data.train) == (2e-3, 2, "elsewhere", "d.jsonl")
+    assert "base" not in recipes.dump(recipe)
+
+
+def test_mistakes_of_a_base_are_named(tmp_path):
+    path, base = tmp_path / "r.yaml", tmp_path / "base.yaml"
+    path.write_text("# a recipe\nbase: bass.yaml\n")
+    base.write_text("base: r.yaml\n")
+    with pytest.raises(
+        UserError, match=r"base \(.*r.yaml:2\): .*bass.yaml: no such recipe file; did you mean .*base.yaml"
+    ):
+        recipes.load(path, [])
+    path.write_text("base: base.yaml\n")
+    with pytest.raises(UserError, match=r"r.yaml:1\): base \(.*base.yaml:1\): .*r.yaml is its own base"):
+        recipes.load(path, [])
+    base.write_text(REQUIRED + "train: {lr: fast}\n")
+    with pytest.raises(UserError, match=r"train.lr = fast: must be a number \(.*base.yaml:4\)"):
+        recipes.load(path, [])
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_that_come_along_are_read(path):
+    from tract_fast.pipeline import steps_of
+
+    recipe = recipes.load(path, [])
+    assert steps_of(recipe)[-1] == "evaluate"
+    assert recipe.warnings() == []
+    assert recipe.data.rationale == "keep" or not recipe.stage2.train

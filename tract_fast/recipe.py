@@ -280,7 +280,8 @@ class Generate(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.batch > 0, "generate.batch", self.batch, "must be above 0")
+        rule = f"must be at least {self.n}, the rationales of one prompt (generate.n)"
+        _require(self.batch >= self.n, "generate.batch", self.batch, rule)
         _check_choices(self)
 
 
@@ -311,8 +312,9 @@ class Evaluate:
     """Sequences generated at a time."""
 
     def __post_init__(self) -> None:
-        for name in ("n", "batch"):
-            _require(getattr(self, name) > 0, f"evaluate.{name}", getattr(self, name), "must be above 0")
+        _require(self.n > 0, "evaluate.n", self.n, "must be above 0")
+        rule = f"must be at least {self.n}, the rationales of one prompt (evaluate.n)"
+        _require(self.batch >= self.n, "evaluate.batch", self.batch, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,11 +129,15 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def read_file(path: Path, sections: Collection[str]) -> dict[str, Given]:
+def read_file(path: Path, sections: Collection[str], above: tuple[Path, ...] = ()) -> dict[str, Given]:
     """Settings of a YAML file by dotted name (``train.lr``). An empty section holds none.
 
-    Raises UserError, with file and line, where the file is not there or not such a file; names are not checked.
+    ``base: FILE`` (relative to the file) takes the settings of another one where this one has none; ``above`` are the
+    files that lead here. Raises UserError, with file and line, where a file is not there or not such a file, or is its
+    own base; names are not checked.
     """
+    if path.resolve() in above:
+        raise UserError(f"{path} is its own base")
     source = _read_text(path)
     root = _compose(source, f"{path}", lambda line: f"{path}:{line}")
     if root is None or _is_null(root):
@@ -141,7 +145,14 @@ def read_file(path: Path, sections: Collection[str]) -> dict[str, Given]:
     if not isinstance(root, MappingNode):
         raise UserError(f"{path} holds no settings: a recipe is a mapping of sections such as `train: {{lr: 1e-5}}`")
     found: dict[str, Given] = {}
+    base: dict[str, Given] = {}
     for name, section in root.value:
+        if name.value == "base" and isinstance(section, ScalarNode):
+            try:
+                base = read_file(path.parent / section.value, sections, (*above, path.resolve()))
+            except UserError as error:
+                raise UserError(f"base ({path}:{name.start_mark.line + 1}): {error}") from None
+            continue
         if isinstance(section, MappingNode) and "." not in name.value and (section.value or name.value in sections):
             members = [(f"{name.value}.{key.value}", key, node) for key, node in section.value]
         elif name.value not in sections:
@@ -156,7 +167,7 @@ def read_file(path: Path, sections: Collection[str]) -> dict[str, Given]:
             if key in found:
                 raise UserError(f"{key} stands twice:{found[key].where} and{where}")
             found[key] = Given(node, _shown(source, node), where)
-    return found
+    return base | found
 
 
 def read_word(key: str, text: str) -> Given:
