@@ -420,6 +420,13 @@ def test_template_is_filled_and_its_parts_are_asked_for():
     judge = random_judge(prompt_template=prompts.TEMPLATE)
     parts = {name: name for name in prompts.PARTS}
     assert judge.prompt(**parts) == prompts.fill_template(parts)
+    judge.context = 4096  # the template is longer than the tiny tokenizer likes
+    rubric = {"criteria": "orig_criteria"} | {str(k): f"orig_score{k}_description" for k in range(1, 6)}
+    names = {"instruction": "orig_instruction", "response": "orig_response", "reference": "orig_reference_answer"}
+    found = judge.score(**names, rubric=rubric, n=2, max_new_tokens=5)
+    assert found == judge.score(prompts.fill_template(parts), n=2, max_new_tokens=5)
+    with pytest.raises(UserError, match=r"needs orig_reference_answer, orig_criteria, orig_score1_description"):
+        judge.score(instruction="x", response="y")
     with pytest.raises(UserError, match=r"needs orig_criteria"):
         judge.prompt(**{name: "x" for name in prompts.PARTS if name != "orig_criteria"})
     with pytest.raises(UserError, match=r"needs orig_instruction, .*each a text"):

@@ -76,6 +76,15 @@ class Judgement:
         )
 
 
+def parts_of(
+    instruction: str | None, response: str | None, reference: str | None, rubric: Mapping[str, str]
+) -> dict[str, str | None]:
+    """What the Feedback Collection calls the parts of a prompt."""
+    described = {f"orig_score{k}_description": rubric.get(str(k)) for k in range(1, 6)}
+    criteria = {"orig_criteria": rubric.get("criteria")} | described
+    return {"orig_instruction": instruction, "orig_response": response, "orig_reference_answer": reference} | criteria
+
+
 def prompts_at_once(batch: int, n: int) -> int:
     """Prompts of a batch of so many sequences, ``n`` each. Raises UserError where not one fits."""
     if batch < n or batch < 1:
@@ -208,19 +217,33 @@ class Judge:
         return settings.max_new_tokens if self.writes else 0
 
     def score(
-        self, prompt: str | Sequence[str], n: int = 1, *, batch: int = 16, **settings: Any
+        self,
+        prompt: str | Sequence[str] | None = None,
+        n: int = 1,
+        *,
+        instruction: str | None = None,
+        response: str | None = None,
+        reference: str | None = None,
+        rubric: Mapping[str, str] | None = None,
+        batch: int = 16,
+        **settings: Any,
     ) -> Judgement | list[Judgement]:
         """Judge one prompt, or a list of them in batches.
 
         Args:
             prompt: the text that the judge was trained to read, without chat template; one, or a list.
             n: rationales per prompt; the score is the mean over them.
+            instruction, response, reference, rubric: instead of ``prompt``, the parts that the judge's prompt template
+                puts together; ``rubric`` has "criteria" and what each score "1" to "5" means.
             batch: sequences (prompts times ``n``) generated at a time.
             settings: ``temperature, top_p, repetition_penalty, max_new_tokens, seed`` of ``recipe.Sampling``.
 
-        Raises UserError for an empty prompt, one longer than the model's context allows, and one that holds a control
-        token: a response could end its turn with it and write its own judgement.
+        Raises UserError for parts that are missing or have no template, an empty prompt, one longer than the model's
+        context allows, and one that holds a control token: a response could end its turn with it and write its own
+        judgement.
         """
+        if prompt is None:
+            prompt = self.prompt(**parts_of(instruction, response, reference, rubric or {}))
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         chosen = Sampling(n=n, **settings)
         step = prompts_at_once(batch, n)
