@@ -10,7 +10,8 @@ from tests.tiny_models import tiny_lm
 from tests.tiny_runs import tiny_recipe
 from tract_fast import checkpoint, train
 from tract_fast.data.scores import find_scale
-from tract_fast.judge import Description, Judge
+from tract_fast.description import Description
+from tract_fast.judge import Judge
 
 
 def random_judge(family: str = "llama", attention: str = "eager", **about) -> Judge:
