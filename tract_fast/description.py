@@ -1,7 +1,6 @@
 """``tract.json``, which makes a folder with a model a judge: what its scores are and where they are read.
 
-``export`` writes it (``checkpoint.describe``). It may come from a stranger: every field is checked, and nothing in it is
-run.
+``export`` writes it (``checkpoint.describe``). It may come from a stranger: every field is checked, none is run.
 """
 
 from __future__ import annotations
