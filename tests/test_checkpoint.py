@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from tests.kills import killed_again_and_again
 from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import checkpoint, recipe as recipes, train
 from tract_fast.errors import RunStopped, UserError
@@ -205,23 +205,9 @@ def test_killed_at_random_instants(tmp_path):
     recipe = tiny_recipe(tmp_path, train__max_steps=300, checkpoint__every=7, train__eval_every=50)
     (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe))
     command = [sys.executable, "-m", "tract_fast", "train", str(tmp_path / "recipe.yaml")]
-    rng, kills = random.Random(0), 0
-    while kills < 20:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        lines = tmp_path / "run" / "metrics.jsonl"
-        before = lines.read_text().count("\n") if lines.exists() else 0
-        patience = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < patience:
-            if lines.exists() and lines.read_text().count("\n") != before:
-                break
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 1.0))
-        if process.poll() is not None:
-            assert process.returncode == 0, process.stderr.read()
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
+    lines = tmp_path / "run" / "metrics.jsonl"
+    steps = lambda: lines.read_text().count("\n") if lines.exists() else 0  # noqa: E731
+    kills = killed_again_and_again(command, steps, most=20, rng=random.Random(0), within=1.0)
     print(f"{kills} kills")
     assert kills >= 5 and train.run(recipe) == 0
     train.run(tiny_recipe(tmp_path, "whole", train__max_steps=300, checkpoint__every=7, train__eval_every=50))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.kills import killed_again_and_again, sizes
 from tract_fast import cli, evaluate, judging
 from tract_fast.data.feedback import Example, cut_rationale, has_score, read_label
 from tract_fast.errors import UserError
@@ -75,6 +79,23 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(trained, done, tmp_path, 
     assert sum(map(len, judged)) == 6 - 2 * (3 - len(judged))  # whole batches of two prompts
     assert len(judged) <= {0.0: 3, 0.97: 1}.get(part, 3)
     assert judged
+
+
+@pytest.mark.soak
+def test_killed_at_random_instants(trained, tmp_path):
+    """SIGKILLs at 5 instants and more; afterwards the predictions are those of a run that was never killed."""
+    data = str(trained.parent / "data.jsonl")
+    words = ["--n", "2", "--max-new-tokens", "200", "--batch", "2", "--temperature", "3"]
+    command = [sys.executable, "-m", "tract_fast", "evaluate", str(trained), data, *words]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    options = {"most": 12, "rng": random.Random(0), "within": 0.5}
+    kills = killed_again_and_again([*command, "--out", str(killed)], lambda: sizes(killed), **options)
+    print(f"{kills} kills")
+    assert kills >= 5
+    for out in (killed, whole):
+        subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+    for name in ("predictions.jsonl", "metrics.json"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_killed_between_batches_it_goes_on_to_the_same_bytes(trained, done, tmp_path, monkeypatch):

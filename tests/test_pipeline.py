@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.kills import killed_again_and_again, sizes
 from tests.tiny_runs import tiny_recipe
 from tract_fast import cli, pipeline, recipe as recipes
 from tract_fast.errors import UserError
@@ -133,6 +136,25 @@ def test_what_cannot_be_evaluated_is_refused_at_once(tmp_path):
     with pytest.raises(UserError, match=r"two of them have the same name"):
         pipeline.run(twice)
     assert not Path(recipe.run.dir).exists()
+
+
+@pytest.mark.soak
+def test_killed_at_random_instants(tmp_path):
+    """10 SIGKILLs and more; afterwards the files are those of a run that was never killed."""
+    recipe = small(tmp_path, checkpoint__every=10)
+    whole = replace(recipe, run=replace(recipe.run, dir=str(tmp_path / "whole")))
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipe))
+    command = [sys.executable, "-m", "tract_fast", "run", str(tmp_path / "recipe.yaml")]
+    folder = Path(recipe.run.dir)
+    options = {"most": 20, "rng": random.Random(0), "within": 2.0}
+    kills = killed_again_and_again(command, lambda: sizes(folder), **options)
+    print(f"{kills} kills")
+    assert kills >= 10
+    assert pipeline.run(recipe) == pipeline.run(whole) == 0
+    made, wanted = files(folder), files(Path(whole.run.dir))
+    assert set(made) == set(wanted)
+    for name, data in wanted.items():
+        assert made[name].replace(b"/run/", b"/whole/") == data, name
 
 
 def test_a_stopped_training_ends_the_run_with_its_code(tmp_path, monkeypatch):
