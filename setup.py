@@ -82,7 +82,7 @@ setup(
         "peft>=0.19",
         "datasets>=4.0",
         "numpy>=1.26",
-        "scipy>=1.11",
+        "scipy>=1.12",
         "matplotlib>=3.8",
         "rich>=13.0",
         "tyro>=1.0",

@@ -1,4 +1,4 @@
-"""The command line: ``tract-fast train | run | export | generate | evaluate | compare | score | demo | doctor``.
+"""The command line: ``tract-fast COMMAND``, a function per command.
 
 Commands import what they need when they run.
 """
@@ -211,6 +211,18 @@ def score(
     return int(failed > 0)
 
 
+def report(folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DIR")]) -> int:
+    """Write one page, DIR/report.html, with all runs, evaluations and generations below a folder.
+
+    Args:
+        folder: The run.dir of run or train, a folder that evaluate or generate wrote, or one that holds several.
+    """
+    from tract_fast import page
+
+    print(f"written: {page.write(folder)}")
+    return 0
+
+
 def demo(dir: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/demo")) -> int:
     """Train a small judge on the CPU and print its held-out numbers before and after.
 
@@ -237,6 +249,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "compare": compare,
     "score": score,
+    "report": report,
     "demo": demo,
     "doctor": doctor,
 }
@@ -246,6 +259,7 @@ WORDS = {  # what a command takes besides flags, as it is told to who leaves it 
     "export": ("a run: tract-fast export RUN_DIR", 1, 1),
     "generate": ("a judge and data: tract-fast generate MODEL DATA", 2, 2),
     "evaluate": ("a judge and data: tract-fast evaluate MODEL DATA", 2, 2),
+    "report": ("a folder of runs: tract-fast report DIR", 1, 1),
     "compare": ("two evaluations: tract-fast compare A B", 2, 2),
     "score": ("a judge: tract-fast score MODEL [FILE]", 1, 2),
 }

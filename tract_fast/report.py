@@ -32,14 +32,24 @@ def read_metrics(path: Path) -> tuple[list[dict], list[dict]]:
 
 
 def plot_curves(metrics: Path, out: Path) -> Path:
-    """Draw a run's curves: cross-entropy, score error, correlation, score mass with learning rate.
+    """Write a run's ``curves`` as a PNG and an SVG beside it; returns the PNG's path.
 
     Args:
         metrics: the ``metrics.jsonl`` of a run.
-        out: the PNG to write (the suffix is made ``.png``); an SVG is written beside it.
+        out: the PNG to write (the suffix is made ``.png``).
+    """
+    figure = curves(metrics)
+    png = out.with_suffix(".png")
+    png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png, dpi=150)
+    figure.savefig(out.with_suffix(".svg"))
+    return png
 
-    Returns the PNG's path. Values that are null (an undefined correlation) are gaps. Raises UserError as
-    ``read_metrics``.
+
+def curves(metrics: Path) -> Figure:
+    """A run's cross-entropy, score error, correlation, score mass with learning rate, by step.
+
+    Values that are null (an undefined correlation) are gaps. Raises UserError as ``read_metrics``.
     """
     train, held_out = read_metrics(metrics)
     figure = Figure(figsize=(10, 6.4), layout="constrained")
@@ -56,11 +66,7 @@ def plot_curves(metrics: Path, out: Path) -> Path:
         panel.grid(alpha=0.25)
         panel.spines["top"].set_visible(False)
     figure.suptitle(str(metrics.parent), fontsize=11, parse_math=False)
-    png = out.with_suffix(".png")
-    png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png, dpi=150)
-    figure.savefig(out.with_suffix(".svg"))
-    return png
+    return figure
 
 
 def _cross_entropy(panel: Axes, train: list[dict], held_out: list[dict]) -> None:
@@ -150,13 +156,35 @@ def plot_scores(panels: dict[str, list[dict]], out: Path) -> Path:
     """
     figure = Figure(figsize=(4.4 * len(panels), 4.2), layout="constrained")
     for axes, (name, records) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        labels = [r["label"] for r in records]
-        low, high = min(labels), max(labels)
-        spread = 0.02 * (high - low or 1)
-        places = [label + spread * (i % 7 - 3) for i, label in enumerate(labels)]
-        axes.plot([low, high], [low, high], color="gray", linewidth=1, linestyle=":")
-        axes.plot(places, [r["expected_score"] for r in records], ".", color=HELD_OUT, alpha=0.7)
-        axes.set(title=name, xlabel="true score", ylabel="expected score")
-        axes.grid(alpha=0.25)
+        _scores(axes, records, name)
     figure.savefig(out, dpi=150)
     return out
+
+
+def judged(records: list[dict], bins: list[dict]) -> Figure:
+    """One evaluation: predicted against true scores, reliability (``readings.reliability``), how both are spread."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    scores, reliable, spread = figure.subplots(1, 3)
+    _scores(scores, records, "each judgement")
+    predicted, labels = ([r[key] for r in records] for key in ("expected_score", "label"))
+    ends = [min(predicted + labels), max(predicted + labels)]
+    reliable.plot(ends, ends, color="gray", linewidth=1, linestyle=":")
+    reliable.plot(*([b[key] for b in bins] for key in ("expected_score", "label")), color=HELD_OUT, marker="o")
+    reliable.set(title="reliability, by fifths", xlabel="mean expected score", ylabel="mean true score")
+    spread.hist([labels, predicted], bins=12, color=[TRAIN, HELD_OUT], label=["true", "expected"])
+    spread.set(title="spread", xlabel="score", ylabel="judgements")
+    _legend(spread)
+    for axes in (reliable, spread):
+        axes.grid(alpha=0.25)
+    return figure
+
+
+def _scores(axes: Axes, records: list[dict], title: str) -> None:
+    labels = [r["label"] for r in records]
+    low, high = min(labels), max(labels)
+    step = 0.02 * (high - low or 1)
+    places = [label + step * (i % 7 - 3) for i, label in enumerate(labels)]
+    axes.plot([low, high], [low, high], color="gray", linewidth=1, linestyle=":")
+    axes.plot(places, [r["expected_score"] for r in records], ".", color=HELD_OUT, alpha=0.7)
+    axes.set(title=title, xlabel="true score", ylabel="expected score")
+    axes.grid(alpha=0.25)
