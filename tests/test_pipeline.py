@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.kills import killed_again_and_again, sizes
 from tests.tiny_runs import tiny_recipe
@@ -38,9 +39,16 @@ def lines(path: Path) -> list[dict]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """What a run made, without times."""
+    """What a run made, without times; of weights the tensors, since the order of a safetensors header is chance."""
     kept = [p for p in folder.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".jsonl", ".json")]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in kept if p.name != "metrics.jsonl"}
+    return {str(p.relative_to(folder)): content(p) for p in kept if p.name != "metrics.jsonl"}
+
+
+def content(path: Path) -> bytes:
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    tensors = sorted(load_file(path).items())
+    return b"".join(name.encode() + t.numpy().tobytes() for name, t in tensors)
 
 
 def test_second_stage_is_the_seed_model_on_the_judges_own_rationales(done):
