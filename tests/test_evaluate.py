@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_killed_between_batches_it_goes_on_to_the_same_bytes(trained, done, tmp_
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"settings": Sampling(n=2, max_new_tokens=41)}, "generate"),
+        ({"settings": Sampling(n=2, max_new_tokens=41)}, "max_new_tokens"),
         ({"batch": 6}, "batch"),
         ({"teacher_forced": True}, "rationales"),
     ],
@@ -179,6 +180,12 @@ def test_predictions_of_unknown_origin_are_not_taken(trained, done, tmp_path):
     (out / "settings.json").unlink()
     with pytest.raises(UserError, match=r"holds predictions.jsonl without the settings"):
         evaluate.run(str(trained), data_of(trained), out, SHORT, batch=4, say=quiet)
+
+
+def test_a_folder_without_predictions_is_free(trained, done, tmp_path):
+    (tmp_path / "settings.json").write_bytes((done / "settings.json").read_bytes())
+    (tmp_path / "predictions.jsonl").touch()
+    assert evaluate.run(str(trained), data_of(trained), tmp_path, replace(SHORT, seed=7), batch=4, say=quiet)["n"] == 6
 
 
 def test_a_folder_belongs_to_one_process(trained, done):
@@ -251,7 +258,7 @@ def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):
         evaluate.run(str(trained), Source(data=str(data)), tmp_path / "c", SHORT, say=quiet)
     with pytest.raises(UserError, match=r"no prompt is left to judge"):
         evaluate.run(str(trained), Source(data=str(data), skip=True), tmp_path / "d", SHORT, say=quiet)
-    with pytest.raises(UserError, match=r"limit = -1: must be above 0"):
+    with pytest.raises(UserError, match=r"limit = -1: must be 0"):
         evaluate.run(str(trained), Source(data=str(data), limit=-1), tmp_path / "f", SHORT, say=quiet)
     with pytest.raises(UserError, match=r"batch = 0: must be at least 2, the rationales of one prompt"):
         evaluate.run(str(trained), Source(data=str(data)), tmp_path / "e", SHORT, batch=0, say=quiet)

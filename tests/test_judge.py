@@ -322,13 +322,21 @@ def test_broken_description_is_named(trained, tmp_path, text):
         Judge.from_pretrained(folder)
 
 
-def test_run_without_export_and_no_folder_are_told_apart(trained, tmp_path):
+def test_run_without_export_and_no_folder_are_told_apart(trained, tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"is a run without a judge: tract-fast export"):
         Judge.from_pretrained(tmp_path / "run")
-    with pytest.raises(UserError, match=r"no such folder"):
-        Judge.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "left_out.jsonl").touch()
+    with pytest.raises(UserError, match=r"is a run without a judge: .* once a step is saved"):
+        Judge.from_pretrained(tmp_path / "young")
     told = []
+    with pytest.raises(UserError, match=r"no such folder"):
+        Judge.from_pretrained(tmp_path / "nowhere", say=told.append)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"young/er: no such folder"):  # has the form of a hub name
+        Judge.from_pretrained("young/er", say=told.append)
+    assert told == []
     shutil.copytree(trained / "judge", tmp_path / "plain").joinpath("tract.json").unlink()
     Judge.from_pretrained(tmp_path / "plain", say=told.append)
     assert "taken as a judge that gives scores 1, 2, 3, 4, 5" in told[0]

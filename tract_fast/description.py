@@ -19,6 +19,7 @@ from tract_fast.recipe import Score
 
 DESCRIPTION = "tract.json"
 FORMAT = 1
+OF_A_RUN = ("checkpoints", "left_out.jsonl", "steps.json")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ def judge_folder(path: str) -> Path | None:
     for place in (folder, folder / "merged", folder / "judge", folder / "judge" / "merged"):
         if (place / DESCRIPTION).is_file():
             return place
-    if (folder / "checkpoints").is_dir():
-        raise UserError(f"{path} is a run without a judge: tract-fast export {path} writes it")
+    if any((folder / name).exists() for name in OF_A_RUN):
+        raise UserError(
+            f"{path} is a run without a judge: tract-fast export {path} writes it once a checkpoint is there"
+        )
     return None
 
 

@@ -23,7 +23,7 @@ from tract_fast.data.feedback import cut_rationale, has_score, read_label
 from tract_fast.data.scores import ScoreScale, find_scale
 from tract_fast.description import DESCRIPTION, Description, check_tokens, judge_folder, read_description
 from tract_fast.errors import UserError
-from tract_fast.model import DTYPES, load_config, load_lm, load_tokenizer, round_to
+from tract_fast.model import DTYPES, load_config, load_lm, load_tokenizer, locate, round_to
 from tract_fast.perf import slow_bfloat16
 from tract_fast.recipe import Model, Sampling, Score
 from tract_fast.sample import Sampled, cache_name, left_padded, positions, sample, take_end_tokens
@@ -120,6 +120,7 @@ class Judge:
         folder = judge_folder(str(path))
         about = read_description(folder / DESCRIPTION) if folder else None
         if about is None:
+            locate(Model(path=str(path)))  # there is such a folder or package, or it can be a hub name
             say(f"{path} has no {DESCRIPTION}: taken as a judge that gives scores {', '.join(Score.labels)}")
         found = about or Description()
         device = torch.device(device) if device else local_device()

@@ -74,7 +74,8 @@ def locate(model: Model) -> dict[str, str]:
     """Arguments for transformers' ``from_pretrained``: ``package:NAME`` becomes the package's folder and GGUF file."""
     if not model.path.startswith("package:"):
         path = Path(model.path)
-        looks_local = path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1
+        beside = path.parent != Path() and path.parent.is_dir()  # a misspelt folder is no hub name
+        looks_local = path.is_absolute() or model.path.startswith((".", "~")) or model.path.count("/") != 1 or beside
         if looks_local and not path.expanduser().is_dir():
             raise UserError(f"model.path = {model.path}: no such folder (and hub names have the form owner/name)")
         source = {"pretrained_model_name_or_path": str(path.expanduser()) if looks_local else model.path}
@@ -98,8 +99,10 @@ def _from_pretrained(auto_class, model: Model, what: str, **options):
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.path = {model.path}: {what} cannot be loaded: {reason[:300]}") from error
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, SafetensorError):
+            reason += " (a .safetensors file is damaged or cut short: copy it again)"
+        raise UserError(f"model.path = {model.path}: {what} cannot be loaded: {reason}") from error
 
 
 def quiet() -> None:

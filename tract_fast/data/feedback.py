@@ -226,7 +226,9 @@ def _example(where: str, fields: dict[str, Any], scale: dict[str, float], ration
     text = ""
     if rationale == "keep" or (rationale == "optional" and "rationale" in fields):
         if "rationale" not in fields:
-            raise _Broken('the field "rationale" is missing (data.rationale: drop trains on scores alone)')
+            raise _Broken(
+                'the field "rationale" is missing (data.rationale: drop, and evaluating without --teacher-forced, need none)'
+            )
         text = cut_rationale(_text(fields, "rationale"))
         if not text:
             raise _Broken("the rationale is empty")

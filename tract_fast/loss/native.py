@@ -17,7 +17,7 @@ from tract_fast.loss.rows import Picked
 from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
-REFUSED = "must be portable, avx2 or avx512, and one that this processor runs; unset it for the best"
+REFUSED = "must be portable, or avx2 or avx512 where this processor has them; unset it for the best"
 ABI = 1  # of the operators in csrc/ops.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 
