@@ -133,7 +133,7 @@ def test_one_stage_alone(tmp_path):
     assert pipeline.run(recipe) == 0
     folder = Path(recipe.run.dir)
     assert sorted(p.name for p in folder.iterdir()) == ["evaluate", "stage1", "steps.json"]
-    assert json.loads((folder / "evaluate" / "held_out" / "metrics.json").read_text())["rationales"] == "given"
+    assert json.loads((folder / "evaluate" / "held_out" / "metrics.json").read_text())["rationales"] == "none"
 
 
 def test_what_cannot_be_evaluated_is_refused_at_once(tmp_path):

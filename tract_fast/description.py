@@ -48,9 +48,7 @@ def judge_folder(path: str) -> Path | None:
         if (place / DESCRIPTION).is_file():
             return place
     if any((folder / name).exists() for name in OF_A_RUN):
-        raise UserError(
-            f"{path} is a run without a judge: tract-fast export {path} writes it once a checkpoint is there"
-        )
+        raise UserError(f"{path} is a run without a judge: tract-fast export {path} writes it, once a step is saved")
     return None
 
 

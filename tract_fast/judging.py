@@ -65,7 +65,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
-            raise UserError(f"limit = {self.limit}: must be above 0")
+            raise UserError(f"limit = {self.limit}: must be 0 (all) or more")
 
 
 def read_examples(
@@ -174,18 +174,27 @@ def _job(judge: Judge, items: Sequence[Item], settings: Sampling, batch: int, ra
 
 def _claim(out: Path, job: dict[str, Any]) -> None:
     """Refuse an ``out`` with predictions by other settings."""
-    path, another = out / SETTINGS, "give another --out"
-    if not path.exists() and (out / PREDICTIONS).exists():
-        raise UserError(f"{out} holds {PREDICTIONS} without the settings they were made with: {another}")
-    try:
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else job
-        other = [key for key in job if before.get(key) != job[key]]
-    except (ValueError, AttributeError):
-        raise UserError(f"{path} is damaged: {another}") from None
-    if other:
-        key = other[0]
-        raise UserError(f"{out} holds predictions with {key} = {before.get(key)}, and these have {job[key]}: {another}")
+    path, predictions, another = out / SETTINGS, out / PREDICTIONS, "give another --out"
+    if predictions.exists() and predictions.stat().st_size:
+        if not path.exists():
+            raise UserError(f"{out} holds {PREDICTIONS} without the settings they were made with: {another}")
+        try:
+            other = list(differences(json.loads(path.read_text(encoding="utf-8")), job))
+        except (ValueError, AttributeError):
+            raise UserError(f"{path} is damaged: {another}") from None
+        for key, was, now in other:
+            raise UserError(f"{out} holds predictions with {key} = {was}, and these have {now}: {another}")
     replace_file(path, json.dumps(job, indent=2) + "\n")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of the settings that are not the same; one inside another is named alone."""
+    for key, value in now.items():
+        was = before.get(key)
+        if isinstance(value, dict) and isinstance(was, dict):
+            yield from differences(was, value)
+        elif value != was:
+            yield key, was, value
 
 
 def line(record: dict[str, Any]) -> str:

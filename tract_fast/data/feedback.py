@@ -226,9 +226,7 @@ def _example(where: str, fields: dict[str, Any], scale: dict[str, float], ration
     text = ""
     if rationale == "keep" or (rationale == "optional" and "rationale" in fields):
         if "rationale" not in fields:
-            raise _Broken(
-                'the field "rationale" is missing (data.rationale: drop, and evaluating without --teacher-forced, need none)'
-            )
+            raise _Broken('the field "rationale" is missing (data.rationale: drop and evaluate do without)')
         text = cut_rationale(_text(fields, "rationale"))
         if not text:
             raise _Broken("the rationale is empty")
