@@ -166,7 +166,7 @@ def test_rationale_with_a_control_token(make):
             encode(tokenizer, scale, examples, on_error="fail", **options)
         kept, left_out = encode(tokenizer, scale, examples, on_error="skip", **options)
         assert len(kept) == 2 and [x.where for x in left_out] == ["f:2"]
-        assert control_tokens(tokenizer, [judged(f"What is {token}?"), judged()]) == {token: 1}
+        assert control_tokens(tokenizer, [f"What is {token}?", "What is it?", f"What is {token}?"]) == {token: 1}
 
 
 def test_chat_template_kwargs_reach_the_template():
