@@ -83,7 +83,7 @@ def read_examples(
         say(f"data: {note}")
     examples = loaded.examples
     if source.holdout:
-        examples = feedback.split_by_question(examples, source.holdout, source.split_seed)[held_out]
+        examples = feedback.split_by_question(examples, source.holdout, source.split_seed, loaded.questions)[held_out]
     for token, count in prompts.control_tokens(judge.tokenizer, (e.prompt for e in examples)).items():
         say(f"warning: {count} prompts hold the text {token!r}, which the tokenizer reads as a control token")
     return examples, [{"where": s.where, "why": s.why} for s in loaded.skipped]

@@ -105,7 +105,7 @@ def stage2(recipe: Recipe) -> Recipe:
     own = folder / "generate" / generate.RATIONALES
     data = replace(recipe.data, train=str(own), holdout=0.0, limit=None)
     if recipe.data.holdout or recipe.stage2.rationales == "both":
-        annotated, held_out = feedback.split_by_question(_examples(recipe), recipe.data.holdout, recipe.train.seed)
+        annotated, held_out = _split(recipe)
         labels = dict(zip(recipe.score.values, recipe.score.labels, strict=True))
         if held_out:
             data = replace(data, eval=str(folder / HELD_OUT))
@@ -133,14 +133,16 @@ def plain(e: feedback.Example, labels: dict[float, str]) -> dict[str, Any]:
     return fields | {"score": labels.get(e.score, e.score), "weight": e.weight}
 
 
-def _examples(recipe: Recipe) -> list[feedback.Example]:
-    return feedback.read_examples(
+def _split(recipe: Recipe) -> tuple[list[feedback.Example], list[feedback.Example]]:
+    """Annotated training and held-out examples, as training splits them."""
+    loaded = feedback.read_examples(
         recipe.data.train,
         labels=recipe.score.labels,
         values=recipe.score.values,
         rationale=recipe.data.rationale,
         on_error=recipe.data.on_error,
-    ).examples
+    )
+    return feedback.split_by_question(loaded.examples, recipe.data.holdout, recipe.train.seed, loaded.questions)
 
 
 def _train(recipe: Recipe) -> int:

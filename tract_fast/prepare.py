@@ -102,7 +102,7 @@ def _read(recipe: Recipe, say, left_out: list) -> tuple[list, list]:
         "on_error": data.on_error,
     }
 
-    def read(setting: str, source: str) -> list:
+    def read(setting: str, source: str) -> feedback.Loaded:
         try:
             loaded = feedback.read_examples(source, **options)
         except UserError as error:
@@ -113,13 +113,14 @@ def _read(recipe: Recipe, say, left_out: list) -> tuple[list, list]:
             say(f"data: {len(loaded.skipped)} broken records of {source} skipped, first {first.where}: {first.why}")
         for note in loaded.notes:
             say(f"data: {note}")
-        return loaded.examples
+        return loaded
 
-    train, held_out = read("data.train", data.train), []
+    loaded = read("data.train", data.train)
+    train, held_out = loaded.examples, []
     if data.eval is not None:
-        held_out = read("data.eval", data.eval)
+        held_out = read("data.eval", data.eval).examples
     elif data.holdout:
-        train, held_out = feedback.split_by_question(train, data.holdout, recipe.train.seed)
+        train, held_out = feedback.split_by_question(train, data.holdout, recipe.train.seed, loaded.questions)
     if data.limit is not None:
         train = train[: data.limit]
     whole = len({e.prompt for e in (*train, *held_out) if e.question == e.prompt}) if held_out else 0

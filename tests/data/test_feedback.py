@@ -297,3 +297,23 @@ def test_split_depends_on_the_seed_and_refuses_what_it_cannot_do():
 def test_question_overlap():
     assert question_overlap(some("aabc"), some("bbcd")) == 2
     assert question_overlap(some("a"), []) == 0
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_question_is_on_one_side_however_rationales_are_read(tmp_path, seed):
+    """Training leaves out records without a rationale, evaluation does not: both must split alike."""
+    path = tmp_path / "d.jsonl"
+    records = [{"prompt": f"p{i}", "score": 1 + i % 5, "rationale": "kind"} for i in range(40)]
+    for i in (3, 8, 11, 19, 20, 33):
+        records[i]["rationale"] = ["", None, 7, "[RESULT] 4", "  ", []][i % 6]
+    bench = [{"instruction": f"b{i}", "gpt4_score": [1, 2], "gpt4_feedback": ["kind", "curt"]} for i in range(8)]
+    bench[2].pop("gpt4_feedback")
+    bench[5]["gpt4_feedback"] = ["kind"]
+    path.write_text("".join(json.dumps(r) + "\n" for r in [*records, *bench, {"prompt": "x"}]))
+    sides = []
+    for rationale in ("keep", "drop", "optional"):
+        loaded = read_examples(str(path), labels=LABELS, values=VALUES, rationale=rationale, on_error="skip")
+        train, held = split_by_question(loaded.examples, 0.25, seed, loaded.questions)
+        sides.append(({e.question for e in train}, {e.question for e in held}))
+    assert not any(train & held for train, _ in sides for _, held in sides)
+    assert len(loaded.questions) == 48

@@ -58,10 +58,14 @@ class Loaded:
     examples: list[Example]
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    questions: frozenset[str] = frozenset()
+    """Of the examples and of records that lack nothing but a rationale: the same however rationales are read."""
 
 
 class _Broken(ValueError):
     """What is wrong with one record."""
+
+    question: str | None = None  # where nothing but the rationale is
 
 
 def read_examples(
@@ -79,12 +83,15 @@ def read_examples(
     examples: list[Example] = []
     skipped: list[Skipped] = []
     ids: set[str] = set()
+    questions: set[str] = set()
     unknown: Counter[str] = Counter()
     for record in read_records(source):
         unknown.update(_unknown_fields(record))
         for where, item in _convert(record, scale, rationale):
-            if isinstance(item, str):
-                skipped.append(Skipped(where, item))
+            if item.question is not None:
+                questions.add(item.question)
+            if isinstance(item, _Broken):
+                skipped.append(Skipped(where, str(item)))
             elif item.id in ids:
                 skipped.append(Skipped(where, f"its id {item.id!r} is that of a record before it"))
             else:
@@ -96,18 +103,23 @@ def read_examples(
         raise UserError(f"{skipped[0].where}: {skipped[0].why}{more}; {way_out}")
     if not examples:
         raise UserError(f"{source} has no records")
-    return Loaded(examples=examples, skipped=skipped, notes=_notes(examples, scale, unknown))
+    notes = _notes(examples, scale, unknown)
+    return Loaded(examples=examples, skipped=skipped, notes=notes, questions=frozenset(questions))
 
 
-def split_by_question(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_by_question(
+    examples: Sequence[Example], share: float, seed: int, questions: Collection[str] | None = None
+) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples, whole questions on one side, at least one on each side when ``share`` > 0.
 
-    Which questions are held out depends on their text and on ``seed``, not on their order in the file. Raises UserError
-    when ``share`` is not in [0, 1) or there is only one question.
+    Which questions are held out depends on ``questions`` (those of the examples, if None) and on ``seed``, not on their
+    order in the file. A part of a file is split as all of it with ``Loaded.questions``. Raises UserError when ``share``
+    is not in [0, 1) or there is only one question.
     """
     if not 0 <= share < 1:
         raise UserError(f"data.holdout = {share}: write a share of the questions from 0 to less than 1")
-    questions = sorted({e.question for e in examples}, key=lambda q: hashlib.sha256(f"{seed} {q}".encode()).digest())
+    questions = {e.question for e in examples} if questions is None else questions
+    questions = sorted(questions, key=lambda q: hashlib.sha256(f"{seed} {q}".encode()).digest())
     if share == 0:
         return list(examples), []
     if len(questions) < 2:
@@ -124,21 +136,23 @@ def question_overlap(train: Sequence[Example], evaluation: Sequence[Example]) ->
     return len({e.question for e in train} & {e.question for e in evaluation})
 
 
-def _convert(record: Record | Skipped, scale: dict[str, float], rationale: str) -> Iterator[tuple[str, Example | str]]:
+def _convert(
+    record: Record | Skipped, scale: dict[str, float], rationale: str
+) -> Iterator[tuple[str, Example | _Broken]]:
     """(where, example) of all that one record holds; in place of an example, what is wrong with it."""
     if isinstance(record, Skipped):
-        yield record.where, record.why
+        yield record.where, _Broken(record.why)
         return
     try:
         drafts = _drafts(record, scale, rationale)
     except _Broken as broken:
-        yield record.where, str(broken)
+        yield record.where, broken
         return
     for where, fields in drafts:
         try:
             yield where, _example(where, fields, scale, rationale)
         except _Broken as broken:
-            yield where, str(broken)
+            yield where, broken
 
 
 def _drafts(record: Record, scale: dict[str, float], rationale: str) -> list[tuple[str, dict[str, Any]]]:
@@ -170,9 +184,11 @@ def _benchmark(
     ignored = rationale == "drop" or (rationale == "optional" and "gpt4_feedback" not in fields)
     feedbacks = [None] * len(scores) if ignored else fields.get("gpt4_feedback")
     if not isinstance(feedbacks, list) or len(feedbacks) != len(scores):
-        raise _Broken(
+        broken = _Broken(
             f'the field "gpt4_feedback" must be a list of {len(scores)} texts, as many as gpt4_score has scores'
         )
+        broken.question = _question(fields, _text(fields, "instruction"))
+        raise broken
     for number, (score, feedback) in enumerate(zip(scores, feedbacks, strict=True), 1):
         # What a judge wrote is a label, even where the file has it as a number.
         score = _as_label(score) if _as_label(score) in scale else score
@@ -223,29 +239,43 @@ def _extras(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _example(where: str, fields: dict[str, Any], scale: dict[str, float], rationale: str) -> Example:
     prompt = _text(fields, "prompt")
-    text = ""
-    if rationale == "keep" or (rationale == "optional" and "rationale" in fields):
-        if "rationale" not in fields:
-            raise _Broken('the field "rationale" is missing (data.rationale: drop and evaluate do without)')
-        text = cut_rationale(_text(fields, "rationale"))
-        if not text:
-            raise _Broken("the rationale is empty")
-    if "question" in fields:
-        question = _name(fields, "question")
-    else:
-        question = prompt.partition(RESPONSE_HEADING)[0].strip() or prompt
+    question = _question(fields, prompt)
     weight = fields.get("weight", 1.0)
     if not _is_number(weight) or not weight > 0:
         raise _Broken(f"weight = {weight!r}: write a number above 0")
+    name = _name(fields, "id") if "id" in fields else where
+    score = _score(fields.get("score"), scale)
+    try:
+        text = _rationale(fields, rationale)
+    except _Broken as broken:
+        broken.question = question
+        raise
     return Example(
-        id=_name(fields, "id") if "id" in fields else where,
+        id=name,
         where=where,
         prompt=prompt,
         rationale=text,
-        score=_score(fields.get("score"), scale),
+        score=score,
         question=question,
         weight=float(weight),
     )
+
+
+def _question(fields: dict[str, Any], prompt: str) -> str:
+    if "question" in fields:
+        return _name(fields, "question")
+    return prompt.partition(RESPONSE_HEADING)[0].strip() or prompt
+
+
+def _rationale(fields: dict[str, Any], mode: str) -> str:
+    if mode == "drop" or (mode == "optional" and "rationale" not in fields):
+        return ""
+    if "rationale" not in fields:
+        raise _Broken('the field "rationale" is missing (data.rationale: drop and evaluate do without)')
+    text = cut_rationale(_text(fields, "rationale"))
+    if not text:
+        raise _Broken("the rationale is empty")
+    return text
 
 
 def has_score(text: str) -> bool:
