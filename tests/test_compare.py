@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tract_fast import cli, compare
+from tract_fast import cli, compare, metrics
 from tract_fast.errors import UserError
 from tract_fast.metrics import measure, paired
 
@@ -49,7 +49,8 @@ def test_pairing_takes_out_what_both_share():
     assert found["rmse"]["p"] < 0.01
 
 
-def test_p_is_uniform_where_there_is_no_difference():
+def test_p_is_uniform_where_there_is_no_difference(monkeypatch):
+    monkeypatch.setattr(metrics, "MEASURES", {"mae": metrics.MEASURES["mae"]})  # the others take minutes
     ps = []
     for trial in range(100):
         rng = np.random.default_rng(trial)
@@ -77,6 +78,11 @@ def test_folders_of_other_judgements_are_refused(tmp_path):
         compare.run(a, write(tmp_path / "b", [1, 2, 3, 4, 4, 2], labels, first=1))
     with pytest.raises(UserError, match=r"1 differ, such as p5"):
         compare.run(a, write(tmp_path / "c", [1, 2, 3, 4, 4, 2], [*labels[:5], 2]))
+    d = write(tmp_path / "d", [1, 2, 3, 4, 4, 2], labels)
+    (a / "settings.json").write_text('{"rationales": "generated"}')
+    (d / "settings.json").write_text('{"rationales": "given"}')
+    with pytest.raises(UserError, match=r"a has generated rationales and .*d given: only like"):
+        compare.run(a, d)
     with pytest.raises(UserError, match=r"nothing holds no predictions.jsonl"):
         compare.run(a, tmp_path / "nothing")
 

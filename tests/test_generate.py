@@ -85,7 +85,7 @@ def test_examples_that_share_a_prompt_get_draws_of_their_own(trained, tmp_path):
     health = generate.run(str(trained), Source(data=str(data)), tmp_path / "out", SHORT, say=quiet)
     found = records(tmp_path / "out")
     assert [r["score"] for r in found] == ["2", "2", "4", "4", 3.5, 3.5]
-    assert [r.get("weight") for r in found] == [None] * 4 + [2.0] * 2
+    assert [r["weight"] for r in found] == [1.0] * 4 + [2.0] * 2
     assert len({r["rationale"] for r in found[:4]}) > 1
     judge = Judge.from_pretrained(trained)
     four = judge.score("Is it kind?", n=4, max_new_tokens=40)
@@ -94,8 +94,9 @@ def test_examples_that_share_a_prompt_get_draws_of_their_own(trained, tmp_path):
 
 
 def written(text: str, **changes) -> Written:
-    item = Item("a", "p", "", 3.0, "q")
-    return replace(Written(item, 0, text, expected_score=3.5, complete=True, tokens=9), **changes)
+    item, words = Item("a", "p", "", 3.0, "q"), text.split()
+    one = Written(item, 0, text, len(words), repeated(words), expected_score=3.5, complete=True, tokens=9)
+    return replace(one, **changes)
 
 
 @pytest.mark.parametrize(
@@ -113,11 +114,11 @@ def written(text: str, **changes) -> Written:
     ],
 )
 def test_faults(one, faults):
-    assert list(faults_of(one, [4, 8, 100], 4.0, 40)) == faults
+    assert list(faults_of(one, 8, 4.0, 40)) == faults
 
 
 def test_length_is_no_fault_where_nothing_is_annotated():
-    assert list(faults_of(written("short"), [], 4.0, 40)) == []
+    assert list(faults_of(written("short"), None, 4.0, 40)) == []
 
 
 def test_repeated_is_the_share_of_ngrams_that_came_before():

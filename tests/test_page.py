@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_best_and_worst_by_hand():
     found = page.examples(records)
     names = [[r["id"] for r in rs] for rs in found.values()]
     assert names == [["0", "1", "2"], ["4", "3", "2"], ["2", "4", "1"]]
+
+
+def test_what_other_programs_wrote_is_told_and_left_out(folder, tmp_path, capsys):
+    for name in ("run-a", "run-b"):
+        shutil.copytree(folder / "two", tmp_path / name / "evaluate" / "held_out")
+    for name, text in (("metrics.json", "[1]"), ("metrics.jsonl", '{"step": 1, "loss": 2.0}\n'), ("health.json", "{")):
+        (tmp_path / name).write_text(text)
+    text = page.write(tmp_path).read_text()
+    assert capsys.readouterr().out.count("left out: ") == 3
+    for name in ("run-a", "run-b"):
+        assert text.count(f"<td>{name}/evaluate/held_out</td>") == 1
 
 
 def test_a_folder_with_nothing_is_refused(tmp_path):

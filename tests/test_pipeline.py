@@ -108,6 +108,18 @@ def test_until_and_from(done, tmp_path, capsys):
     assert set(same) == set(whole)
     for name in ("generate/rationales.jsonl", "stage2/judge/model.safetensors", "evaluate/held_out/predictions.jsonl"):
         assert same[name] == whole[name]
+    other = replace(recipe, generate=replace(recipe.generate, seed=7))
+    with pytest.raises(UserError, match=r"generate was made with other"):
+        pipeline.run(other, begin="stage2")
+    with pytest.raises(UserError, match=r"--until generate comes before --from stage2"):
+        pipeline.run(recipe, begin="stage2", until="generate")
+    gone = replace(recipe, data=replace(recipe.data, train="nope.jsonl"))
+    with pytest.raises(UserError, match=r"nope.jsonl"):
+        pipeline.run(gone, begin="stage1")
+    assert files(folder).keys() == whole.keys()  # refused before anything is removed
+    shutil.rmtree(folder / "evaluate")
+    assert pipeline.run(recipe) == 0
+    assert (folder / "evaluate" / "held_out" / "metrics.json").is_file()
     with pytest.raises(UserError, match=r"--until stage3: the steps of this recipe are stage1, generate"):
         pipeline.run(recipe, until="stage3")
 
@@ -140,6 +152,12 @@ def test_what_cannot_be_evaluated_is_refused_at_once(tmp_path):
     recipe = small(tmp_path, data__holdout=0.0)
     with pytest.raises(UserError, match=r"set data.holdout or evaluate.data"):
         pipeline.run(recipe)
+    cold = replace(recipe, data=replace(recipe.data, holdout=0.25), evaluate=replace(recipe.evaluate, n=3))
+    with pytest.raises(UserError, match=r"evaluate.n = 3: must be 1 at generate.temperature 0"):
+        pipeline.run(replace(cold, generate=replace(cold.generate, temperature=0.0)))
+    fresh = replace(cold, evaluate=recipe.evaluate, run=replace(cold.run, dir=str(tmp_path / "fresh")))
+    with pytest.raises(UserError, match=r"has no steps.json: no step is done"):
+        pipeline.run(fresh, begin="stage1")
     twice = replace(recipe, evaluate=replace(recipe.evaluate, data=("a/x.json", "b/x.jsonl")))
     with pytest.raises(UserError, match=r"two of them have the same name"):
         pipeline.run(twice)

@@ -11,7 +11,7 @@ import pytest
 from tract_fast import cli
 from tract_fast.errors import UserError
 from tract_fast.metrics import with_intervals
-from tract_fast.readings import calibrated, readings, reliability
+from tract_fast.readings import calibrated, calibration_data, readings, reliability
 
 VALUES = (1.0, 2.0, 3.0)
 
@@ -55,13 +55,12 @@ def write(folder: Path, records: list[dict]) -> Path:
     return folder
 
 
-def test_calibration_mends_what_it_can(tmp_path):
+def test_calibration_mends_what_it_can():
     rng = np.random.default_rng(0)
     label = rng.integers(1, 6, 80).astype(float)
     score = 2.5 + 0.3 * label + rng.normal(0, 0.1, 80)  # too narrow and off
     records = [record(str(i), label[i], [1, 0, 0], question=f"q{i}", score=score[i]) for i in range(80)]
-    other = write(tmp_path / "other", records[:40])
-    found = calibrated(records[40:], other)
+    found = calibrated(records[40:], records[:40])
     before = with_intervals(score[40:], label[40:], [f"q{i}" for i in range(40, 80)])
     assert found["n"] == 40
     for name in ("affine", "isotonic"):
@@ -72,17 +71,15 @@ def test_calibration_mends_what_it_can(tmp_path):
     assert found["affine"]["rmse"]["value"] == pytest.approx(expected["rmse"]["value"])
 
 
-def test_isotonic_map_is_the_pooled_means(tmp_path):
+def test_isotonic_map_is_the_pooled_means():
     fitted = [(1.0, 2), (2.0, 1), (2.0, 3), (3.0, 4)]  # at 1: 2, at 2: 2
-    other = write(
-        tmp_path / "o", [record(f"o{i}", y, [1, 0, 0], question=f"o{i}", score=x) for i, (x, y) in enumerate(fitted)]
-    )
+    other = [record(f"o{i}", y, [1, 0, 0], question=f"o{i}", score=x) for i, (x, y) in enumerate(fitted)]
     new = [record("a", 2.0, [1, 0, 0], score=0.0), record("b", 3.0, [1, 0, 0], score=2.5)]
     assert calibrated(new, other)["isotonic"]["mae"]["value"] == pytest.approx(0.0)
 
 
-def test_calibration_with_constant_scores_is_the_mean_label(tmp_path):
-    other = write(tmp_path / "o", [record(f"o{i}", i, [1, 0, 0], question=f"o{i}", score=2.0) for i in range(3)])
+def test_calibration_with_constant_scores_is_the_mean_label():
+    other = [record(f"o{i}", i, [1, 0, 0], question=f"o{i}", score=2.0) for i in range(3)]
     found = calibrated([record("a", 2, [1, 0, 0], score=5.0), record("b", 1, [1, 0, 0], score=1.0)], other)
     assert found["affine"]["mae"]["value"] == pytest.approx(0.5)
 
@@ -90,10 +87,23 @@ def test_calibration_with_constant_scores_is_the_mean_label(tmp_path):
 def test_calibration_is_not_fitted_to_what_it_is_measured_on(tmp_path):
     records = [record(str(i), i % 3, [1, 0, 0], question=f"q{i}") for i in range(6)]
     other = write(tmp_path / "other", records[:4])
-    with pytest.raises(UserError, match=r"calibrate = .*: 1 questions are in this evaluation"):
-        calibrated(records[3:], other)
+    made = {"judge_fingerprint": "a", "rationales": "given"}
     with pytest.raises(UserError, match=r"it needs the folder of another evaluation"):
-        calibrated(records, tmp_path)
+        calibration_data(other, ["q9"], made)  # without its settings
+    (other / "settings.json").write_text(json.dumps(made | {"batch": 3}))
+    assert len(calibration_data(other, ["q9"], made)) == 4
+    with pytest.raises(UserError, match=r"calibrate = .*: 1 questions are in this evaluation"):
+        calibration_data(other, ["q3", "q4"], made)
+    with pytest.raises(UserError, match=r"has rationales = given, and this evaluation generated"):
+        calibration_data(other, ["q9"], made | {"rationales": "generated"})
+    with pytest.raises(UserError, match=r"it needs the folder of another evaluation"):
+        calibration_data(tmp_path, ["q9"], made)
+
+
+def test_a_distribution_of_nothing_is_even():
+    found = readings([record("a", 2, [0.0, 0.0, 0.0]), record("b", 1, [0.0, 0.0, 1.0])], VALUES)
+    assert found["renormalised"]["mae"]["value"] == pytest.approx(1.0)  # 2 for 2, 3 for 1
+    assert found["median"]["mae"]["value"] == pytest.approx(1.0)
 
 
 def test_command(trained, tmp_path, capsys):
@@ -104,6 +114,7 @@ def test_command(trained, tmp_path, capsys):
     assert "questions are in this evaluation" in capsys.readouterr().err
     lines = [json.loads(text) for text in (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()]
     other = write(tmp_path / "c", [line | {"question": "another " + line["question"]} for line in lines])
+    (other / "settings.json").write_bytes((tmp_path / "a" / "settings.json").read_bytes())
     assert cli.main([*words, "--out", str(tmp_path / "b"), "--calibrate", str(other)]) == 0
     assert "RAIL, isotonic" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())

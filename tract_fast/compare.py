@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tract_fast.errors import UserError
-from tract_fast.judging import PREDICTIONS, read_predictions
+from tract_fast.judging import PREDICTIONS, SETTINGS, read_predictions
 from tract_fast.metrics import MEASURES, paired
 
 
@@ -19,6 +20,9 @@ def run(first: Path, second: Path) -> dict[str, dict[str, float | None]]:
     Raises UserError where a folder holds no predictions, or the two are not of the same prompts with the same labels.
     """
     a, b = (_predictions(folder) for folder in (first, second))
+    kinds = [_rationales(folder) for folder in (first, second)]
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{first} has {kinds[0]} rationales and {second} {kinds[1]}: only like compares with like")
     other = [id for id in a if id not in b] + [id for id in b if id not in a]
     other = other or [id for id in a if a[id]["label"] != b[id]["label"]]
     if other:
@@ -29,6 +33,12 @@ def run(first: Path, second: Path) -> dict[str, dict[str, float | None]]:
     predicted = ([records[id]["expected_score"] for id in a] for records in (a, b))
     label, question = ([r[name] for r in a.values()] for name in ("label", "question"))
     return paired(*predicted, label, question)
+
+
+def _rationales(folder: Path) -> str | None:
+    """What the scores of an evaluation were read after; None where its settings are not there."""
+    path = folder / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")).get("rationales") if path.exists() else None
 
 
 def _predictions(folder: Path) -> dict[str, dict[str, Any]]:

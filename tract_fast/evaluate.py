@@ -29,7 +29,7 @@ from tract_fast.judge import Judge, mean_of_known, prompts_at_once
 from tract_fast.judging import Item, Say, Source, draws, judge_all, read_examples, render
 from tract_fast.metrics import MEASURES, agreement, with_intervals
 from tract_fast.model import TractModel
-from tract_fast.readings import calibrated, readings, reliability
+from tract_fast.readings import calibrated, calibration_data, readings, reliability
 from tract_fast.recipe import Recipe, Sampling
 from tract_fast.report import plot_scores
 from tract_fast.shard import Ranks, all_sum, reshard
@@ -54,7 +54,7 @@ def run(
 
     Writes ``metrics.json``, ``scores.png`` and what ``judging.judge_all`` does in ``out``; one that was begun with the
     same settings is gone on with. ``batch`` counts sequences; ``calibrate`` is the folder of another evaluation (see
-    ``readings.calibrated``). Raises UserError before any generation where data, model or settings cannot work, or
+    ``readings.calibration_data``). Raises UserError before any generation where data, model or settings cannot work, or
     ``out`` holds another evaluation.
     """
     prompts_at_once(batch, 1 if teacher_forced else settings.n)
@@ -72,12 +72,14 @@ def run(
         items = by_prompt(examples)
     new_tokens = settings.max_new_tokens if generated else 0
     items = render(judge, items[: source.limit], new_tokens, skip=source.skip, left_out=left_out, say=say)
+    made = {"judge_fingerprint": judge.fingerprint(), "rationales": rationales}
+    other = calibration_data(calibrate, {item.question for item in items}, made) if calibrate else None
     decoded = "what the sample says" if generated else "the likeliest label"
     say(f"rationales: {rationales}, {settings.n} a prompt; decoded is {decoded}")
     records, job = judge_all(judge, items, settings, out, batch=batch, rationales=rationales, say=say)
     metrics = summary(records) | {"readings": readings(records, judge.scale.values), **reliability(records)}
-    if calibrate:
-        metrics["calibrated"] = calibrated(records, calibrate)
+    if other:
+        metrics["calibrated"] = {"fitted_on": str(calibrate), **calibrated(records, other)}
     metrics |= {"left_out": left_out, "model": model, **asdict(source), **job}
     replace_file(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
     plot_scores({"expected score": records}, out / "scores.png")

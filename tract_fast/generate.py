@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tract_fast.checkpoint import make_folder, replace_file
-from tract_fast.data.feedback import Example
+from tract_fast.data.feedback import Example, as_record
 from tract_fast.errors import UserError
 from tract_fast.judge import Judge
 from tract_fast.judging import Item, Say, Source, draws, judge_all, line, read_examples, render
@@ -41,6 +41,8 @@ class Written:
     item: Item
     number: int
     text: str
+    words: int
+    repeated: float  # share of its n-grams that came before in it
     expected_score: float
     complete: bool
     tokens: int
@@ -68,10 +70,11 @@ def run(
     records, job = judge_all(judge, items, settings, out, batch=settings.batch, rationales="generated", say=say)
     found = [one for item, record in zip(items, records, strict=True) for one in written(item, record)]
     span = max(judge.scale.values) - min(judge.scale.values)
-    faults = [list(faults_of(one, annotated, span, settings.max_new_tokens)) for one in found]
+    usual = statistics.median(annotated) if annotated else None
+    faults = [list(faults_of(one, usual, span, settings.max_new_tokens)) for one in found]
     kept = [one for one, own in zip(found, faults, strict=True) if not {"empty", *settings.drop} & set(own)]
     labels = dict(zip(judge.scale.values, judge.scale.labels, strict=True))
-    replace_file(out / RATIONALES, "".join(line(example(one, settings.n, labels)) for one in kept))
+    replace_file(out / RATIONALES, "".join(line(as_record(example(one, settings.n), labels)) for one in kept))
     health = health_of(found, faults, annotated) | {"kept": len(kept), "dropped_for": ["empty", *settings.drop]}
     health |= {"left_out": left_out, "model": model, "data": source.data, **job}
     replace_file(out / HEALTH, json.dumps(health, indent=2) + "\n")
@@ -94,38 +97,33 @@ def items_of(examples: Sequence[Example], n: int) -> list[Item]:
 def written(item: Item, record: dict[str, Any]) -> Iterator[Written]:
     """The rationales of one prediction."""
     for number, draw in enumerate(draws(record)):
-        fields = (draw[name] for name in ("rationale", "expected_score", "complete", "tokens"))
-        yield Written(item, number, *fields)
+        words = draw["rationale"].split()
+        rest = (draw[name] for name in ("expected_score", "complete", "tokens"))
+        yield Written(item, number, draw["rationale"], len(words), repeated(words), *rest)
 
 
-def example(one: Written, n: int, labels: dict[float, str]) -> dict[str, Any]:
-    """A training record. ``labels``: what to write for each value of the scale."""
+def example(one: Written, n: int) -> Example:
+    """What is trained on: the rationale with the true score."""
     item = one.item
-    record = {
-        "id": f"{item.id}/{one.number}" if n > 1 else item.id,
-        "question": item.question,
-        "prompt": item.prompt,
-        "rationale": one.text,
-        "score": labels.get(item.label, item.label),
-    }
-    return record | ({"weight": item.weight} if item.weight != 1 else {})
+    id = f"{item.id}/{one.number}" if n > 1 else item.id
+    return Example(id, item.prompt, one.text, item.label, item.question, item.weight)
 
 
-def faults_of(one: Written, annotated: Sequence[int], span: float, most: int) -> Iterator[str]:
-    """What is the matter with a rationale, by the names of ``generate.drop``, and "empty"."""
-    words = one.text.split()
-    if not words:
+def faults_of(one: Written, usual: float | None, span: float, most: int) -> Iterator[str]:
+    """What is the matter with a rationale, by the names of ``generate.drop``, and "empty".
+
+    ``usual``: the median of the annotated lengths in words, if there are any; ``span``: of the scale; ``most``: tokens.
+    """
+    if not one.words:
         yield "empty"
     if not one.complete:
         yield "no_score"
     if not one.complete and one.tokens >= most:
         yield "truncated"
-    if repeated(words) > REPEATED:
+    if one.repeated > REPEATED:
         yield "repeated"
-    if annotated:
-        usual = statistics.median(annotated)
-        if not usual / ODD_LENGTH <= len(words) <= usual * ODD_LENGTH:
-            yield "length"
+    if usual is not None and not usual / ODD_LENGTH <= one.words <= usual * ODD_LENGTH:
+        yield "length"
     if abs(one.expected_score - one.item.label) > FAR * span:
         yield "disagree"
 
@@ -139,13 +137,12 @@ def repeated(words: Sequence[str]) -> float:
 def health_of(found: Sequence[Written], faults: Sequence[Sequence[str]], annotated: Sequence[int]) -> dict[str, Any]:
     """How the rationales are: faults counted, lengths in words beside the annotated, own scores against the true."""
     columns = ([one.expected_score for one in found], [one.item.label for one in found])
-    lengths = [len(one.text.split()) for one in found]
     return {
         "n": len(found),
         "faults": {name: sum(name in own for own in faults) for name in ("empty", *get_args(Fault))},
-        "words": quartiles(lengths),
+        "words": quartiles([one.words for one in found]),
         "words_annotated": quartiles(annotated),
-        "repeated_mean": statistics.fmean(repeated(one.text.split()) for one in found),
+        "repeated_mean": statistics.fmean(one.repeated for one in found),
         "agreement": agreement(*map(np.array, columns)),
     }
 

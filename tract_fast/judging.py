@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from tract_fast.data import feedback, prompt as prompts
 from tract_fast.data.feedback import Example
 from tract_fast.errors import UserError
 from tract_fast.judge import Judge, Judgement, prompts_at_once
-from tract_fast.recipe import Sampling
+from tract_fast.recipe import Sampling, sampling_of
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
 
@@ -99,7 +99,7 @@ def render(
     for item, ids, tail in zip(items, judge.render([item.prompt for item in items]), rationales, strict=True):
         item = replace(item, ids=ids, length=len(ids) + len(tail))
         why = judge.obstacle(item.prompt, item.length, new_tokens)
-        if not why and (found := prompts.control_tokens(judge.tokenizer, [item.rationale])):
+        if item.rationale and not why and (found := prompts.control_tokens(judge.tokenizer, [item.rationale])):
             why = f"its rationale holds the text {next(iter(found))!r}, which is a control token"
         if why and not skip:
             lower = "lower max_new_tokens, or " if new_tokens else ""
@@ -156,10 +156,9 @@ def _judge_all(
 def _job(judge: Judge, items: Sequence[Item], settings: Sampling, batch: int, rationales: str) -> dict[str, Any]:
     """Everything that decides the numbers."""
     data = hashlib.sha256(json.dumps([asdict(item) for item in items]).encode()).hexdigest()[:16]
-    sampling = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
     return {
         "rationales": rationales,
-        "generate": sampling if rationales == "generated" else None,
+        "generate": asdict(sampling_of(settings)) if rationales == "generated" else None,
         "batch": batch,
         "dtype": judge.dtype,
         "normalize": judge.about.normalize,

@@ -148,7 +148,7 @@ class RunLog:
         """Held-out metrics after ``step`` steps."""
         self._write({"step": step, "eval": metrics}, {f"eval/{k}": v for k, v in metrics.items()})
         shown = "  ".join(f"{k} {'undefined' if v is None else f'{v:.4g}'}" for k, v in metrics.items())
-        self.say(f"held out after step {step}, after the given rationales: {shown}")
+        self.say(f"held out after step {step} (teacher-forced): {shown}")
 
     def _write(self, record: dict[str, Any], flat: dict[str, Any]) -> None:
         if not self.file:

@@ -44,7 +44,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; paddi
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
 </table></div>{% endmacro %}
 {% if evaluations %}<h2>Evaluations side by side</h2>
-{{ table(head, evaluations | map(attribute="row")) }}
+{{ table(head, rows) }}
 <p class="note">Value and 95% interval (bootstrap over questions). Only evaluations of the same data compare; "given"
 rationales are easier than "generated" ones.</p>{% endif %}
 {% for e in evaluations %}<h2>{{ e.name }}</h2>
@@ -71,41 +71,33 @@ def write(folder: Path) -> Path:
     if not any(parts.values()):
         raise UserError(f"{folder} holds no run, evaluation or generation of tract-fast")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
-    head = [
-        "",
-        "rationales",
-        "prompts",
-        *(f"RAIL, {name}" for name in MEASURES),
-        "decoded, pearson",
-        "no score",
-        "score mass",
-    ]
-    replace_file(folder / PAGE, page.render(title=str(folder), head=head, measures=list(MEASURES), **parts))
+    head = ["", "data", "rationales", "prompts", *(f"RAIL, {name}" for name in MEASURES)]
+    head += ["decoded, pearson", "no score", "score mass"]
+    rows = [[e["name"], *e["row"]] for e in parts["evaluations"]]
+    text = page.render(title=str(folder), head=head, rows=rows, measures=list(MEASURES), **parts)
+    replace_file(folder / PAGE, text)
     return folder / PAGE
 
 
-def _each(folder: Path, file: str, part: Callable[[Path], dict[str, Any] | None]) -> list[dict[str, Any]]:
-    """``part`` of every folder that holds ``file``, by its place below ``folder``."""
-    places = sorted(path.parent for path in folder.rglob(file))
-    found = [(str(place.relative_to(folder)), part(place)) for place in places]
-    return [{"name": folder.name if name == "." else name, **own} for name, own in found if own]
+def _each(folder: Path, file: str, part: Callable[[Path], dict[str, Any]]) -> list[dict[str, Any]]:
+    """``part`` of every folder that holds ``file``, by its place below ``folder``; files of other programs are told."""
+    found = []
+    for place in sorted(path.parent for path in folder.rglob(file)):
+        name = str(place.relative_to(folder))
+        try:
+            found.append({"name": folder.name if name == "." else name, **part(place)})
+        except (ValueError, KeyError, TypeError, UserError) as error:
+            print(f"left out: {place / file} is none of tract_fast's, or of another version ({error!r:.80})")
+    return found
 
 
-def evaluation(place: Path) -> dict[str, Any] | None:
-    """What the page shows of one evaluation; None for a folder that another program wrote such a file in."""
+def evaluation(place: Path) -> dict[str, Any]:
+    """What the page shows of one evaluation."""
     metrics = json.loads((place / METRICS).read_text(encoding="utf-8"))
-    if not isinstance(metrics, dict) or "rail" not in metrics:
-        return None
     records = list(read_predictions(place / PREDICTIONS).values())
     rail, decoded = metrics["rail"], metrics["decoded"]["pearson"]
-    row = [
-        place.name,
-        metrics["rationales"],
-        metrics["n"],
-        *(bounded(rail[name]) for name in MEASURES),
-        bounded(decoded),
-    ]
-    row += [f"{metrics['no_score_sentence']} of {metrics['draws']}", f"{metrics['score_mass']:.3f}"]
+    row = [metrics["data"], metrics["rationales"], metrics["n"], *(bounded(rail[name]) for name in MEASURES)]
+    row += [bounded(decoded), f"{metrics['no_score_sentence']} of {metrics['draws']}", f"{metrics['score_mass']:.3f}"]
     return {
         "row": row,
         "about": f"model {metrics['model']}, data {metrics['data']}, computed in {metrics['dtype']}, "

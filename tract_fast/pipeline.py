@@ -12,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tract_fast.data import feedback
 from tract_fast.data.records import file_of
 from tract_fast.errors import UserError
 from tract_fast.judging import Source, line
-from tract_fast.recipe import Recipe, Sampling
+from tract_fast.recipe import Recipe, Sampling, sampling_of
 
 STEPS = ("stage1", "generate", "stage2", "evaluate")
 RECORD, HELD_OUT, BOTH = "steps.json", "held_out.jsonl", "annotated_and_own.jsonl"
@@ -49,16 +49,20 @@ def run(recipe: Recipe, *, until: str | None = None, begin: str | None = None) -
         )
     folder = Path(recipe.run.dir)
     sets = evaluation_sets(recipe)
+    sampling = evaluation_sampling(recipe)
     checkpoint.make_folder(folder, "run.dir")
-    if begin:
-        forget(folder, steps[steps.index(begin) :])
     inputs = dict(zip(steps, chained(recipe, sets, steps), strict=True))
-    todo = [step for step in steps if not is_done(folder, step, inputs[step])]
+    again = steps[steps.index(begin) :] if begin else ()
+    todo = [step for step in steps if step in again or not is_done(folder, step, inputs[step])]
+    if begin:
+        if until is not None and until not in again:
+            raise UserError(f"--until {until} comes before --from {begin}: nothing would be made")
+        forget(folder, again)
     actions: dict[str, Callable[[], int]] = {
         "stage1": lambda: _train(stage1(recipe)),
         "generate": lambda: _generate(recipe),
         "stage2": lambda: _train(stage2(recipe)),
-        "evaluate": lambda: _evaluate(recipe, sets, folder / steps[-2] / "judge"),
+        "evaluate": lambda: _evaluate(recipe, sets, sampling, folder / steps[-2] / "judge"),
     }
     for step in steps:
         if step in todo:
@@ -109,9 +113,9 @@ def stage2(recipe: Recipe) -> Recipe:
         labels = dict(zip(recipe.score.values, recipe.score.labels, strict=True))
         if held_out:
             data = replace(data, eval=str(folder / HELD_OUT))
-            replace_file(folder / HELD_OUT, "".join(line(plain(e, labels)) for e in held_out))
+            replace_file(folder / HELD_OUT, "".join(line(feedback.as_record(e, labels)) for e in held_out))
         if recipe.stage2.rationales == "both":
-            lines = [line(plain(e, labels)) for e in annotated[: recipe.data.limit]]
+            lines = [line(feedback.as_record(e, labels)) for e in annotated[: recipe.data.limit]]
             mine = (json.loads(text) for text in own.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
             lines += [line(r | {"id": f"{r['id']}/own"}) for r in mine]
             data = replace(data, train=str(folder / BOTH))
@@ -125,12 +129,6 @@ def stage2(recipe: Recipe) -> Recipe:
 def merged(judge: Path) -> Path:
     """The folder with all of a judge's weights."""
     return judge / "merged" if (judge / "merged").is_dir() else judge
-
-
-def plain(e: feedback.Example, labels: dict[float, str]) -> dict[str, Any]:
-    """An example as a record of the plain form."""
-    fields = {"id": e.id, "question": e.question, "prompt": e.prompt, "rationale": e.rationale}
-    return fields | {"score": labels.get(e.score, e.score), "weight": e.weight}
 
 
 def _split(recipe: Recipe) -> tuple[list[feedback.Example], list[feedback.Example]]:
@@ -176,10 +174,16 @@ def _generate(recipe: Recipe) -> int:
     return 0
 
 
-def _evaluate(recipe: Recipe, sets: dict[str, Source], judge: Path) -> int:
-    settings = Sampling(
-        **{f.name: getattr(recipe.generate, f.name) for f in fields(Sampling)} | {"n": recipe.evaluate.n}
-    )
+def evaluation_sampling(recipe: Recipe) -> Sampling:
+    """How rationales are sampled for the evaluation: as by generate, ``evaluate.n`` of them. Raises UserError."""
+    if recipe.evaluate.n > 1 and recipe.generate.temperature == 0:
+        raise UserError(
+            f"evaluate.n = {recipe.evaluate.n}: must be 1 at generate.temperature 0, where all are the same"
+        )
+    return sampling_of(recipe.generate, n=recipe.evaluate.n)
+
+
+def _evaluate(recipe: Recipe, sets: dict[str, Source], settings: Sampling, judge: Path) -> int:
     for name, source in sets.items():
         out = Path(recipe.run.dir) / "evaluate" / name
         evaluate.show(evaluate.run(str(judge), source, out, settings, batch=recipe.evaluate.batch), out)
@@ -196,8 +200,7 @@ def chained(recipe: Recipe, sets: dict[str, Source], steps: tuple[str, ...]) -> 
             own = {name: settings[name] for name in TRAINING}
             own["files"] = [hash_of(source) for source in (recipe.data.train, recipe.data.eval) if source]
         elif step == "evaluate":
-            sampling = {f.name: settings["generate"][f.name] for f in fields(Sampling)}
-            own = {"evaluate": settings["evaluate"], "generate": sampling}
+            own = {"evaluate": settings["evaluate"], "generate": asdict(evaluation_sampling(recipe))}
             own["files"] = {name: asdict(source) | {"hash": hash_of(source.data)} for name, source in sets.items()}
         else:
             own = {step: settings[step]}
@@ -228,8 +231,10 @@ def record(folder: Path, step: str, inputs: Inputs) -> None:
 def is_done(folder: Path, step: str, inputs: Inputs) -> bool:
     """Whether a step is done. Raises UserError where it was made from something else."""
     before = records(folder).get(step)
-    if before is None or before == inputs:
-        return before is not None
+    if before is None or not (folder / step).is_dir():
+        return False
+    if before == inputs:
+        return True
     old, new = (
         recipes.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (before, inputs)
     )
@@ -241,10 +246,15 @@ def is_done(folder: Path, step: str, inputs: Inputs) -> bool:
 
 
 def forget(folder: Path, steps: tuple[str, ...]) -> None:
-    """Remove what the ``steps`` left and the record of them."""
-    kept = {name: inputs for name, inputs in records(folder).items() if name not in steps}
-    replace_file(folder / RECORD, json.dumps(kept, indent=2) + "\n")
+    """Remove what the ``steps`` left and the record of them. Raises UserError where no step of a run is recorded."""
+    if not (folder / RECORD).exists():
+        raise UserError(f"run.dir = {folder} has no {RECORD}: no step is done, so leave out --from")
     for step in steps:
         if (folder / step).is_dir():
+            aside = folder / f"{step}.removed"  # in one go, before the record: killed here, the step is not done
+            shutil.rmtree(aside, ignore_errors=True)
+            (folder / step).rename(aside)
             print(f"removed: {folder / step}")
-            shutil.rmtree(folder / step)
+            shutil.rmtree(aside)
+    kept = {name: inputs for name, inputs in records(folder).items() if name not in steps}
+    replace_file(folder / RECORD, json.dumps(kept, indent=2) + "\n")

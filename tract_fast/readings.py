@@ -7,7 +7,8 @@ on other judgements than those it is applied to; it mends errors (RMSE, MAE), an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from tract_fast.errors import UserError
-from tract_fast.judging import PREDICTIONS, draws, read_predictions
+from tract_fast.judging import PREDICTIONS, SETTINGS, draws, read_predictions
 from tract_fast.metrics import with_intervals
 
 BINS = 5  # of a reliability diagram: fifths of the predictions
@@ -28,7 +29,8 @@ def readings(records: Sequence[dict[str, Any]], values: Sequence[float]) -> dict
     found: dict[str, list[float]] = {"renormalised": [], "mode": [], "median": []}
     for record in records:
         probs = np.array([draw["distribution"] for draw in draws(record)])  # (draws, labels)
-        probs = probs / probs.sum(axis=1, keepdims=True)
+        mass = probs.sum(axis=1, keepdims=True)
+        probs = np.where(mass > 0, probs, 1 / len(scale)) / np.where(mass > 0, mass, 1)  # of none, as likely each
         middle = (probs[:, order].cumsum(axis=1) >= 0.5).argmax(axis=1)
         found["renormalised"].append(float((probs @ scale).mean()))
         found["mode"].append(float(scale[probs.argmax(axis=1)].mean()))
@@ -52,24 +54,37 @@ def reliability(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"bins": means, "spread": {"expected_score": float(predicted.std()), "label": float(label.std())}}
 
 
-def calibrated(records: Sequence[dict[str, Any]], fitted_on: Path) -> dict[str, Any]:
-    """Metrics of expected scores after an affine and an isotonic map, fitted to the evaluation in ``fitted_on``.
+def calibration_data(fitted_on: Path, questions: Collection[str], made: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The predictions of another evaluation, to fit a map to. ``made``: settings that both must share.
 
-    Raises UserError where that folder holds no predictions, or some on the same questions: a map fitted to what it is
-    measured on says nothing.
+    Raises UserError where that folder holds no predictions, some on the same ``questions`` (a map fitted to what it is
+    measured on says nothing), or those of another judge or after other rationales.
     """
+    name, path = f"calibrate = {fitted_on}", fitted_on / SETTINGS
     other = list(read_predictions(fitted_on / PREDICTIONS).values())
-    if len(other) < 2:
-        raise UserError(f"calibrate = {fitted_on}: it needs the folder of another evaluation, with {PREDICTIONS}")
-    shared = {r["question"] for r in records} & {r["question"] for r in other}
+    if len(other) < 2 or not path.exists():
+        raise UserError(f"{name}: it needs the folder of another evaluation, with {PREDICTIONS} and {SETTINGS}")
+    shared = set(questions) & {r["question"] for r in other}
     if shared:
-        raise UserError(f"calibrate = {fitted_on}: {len(shared)} questions are in this evaluation, too: fit on others")
+        raise UserError(f"{name}: {len(shared)} questions are in this evaluation, too: fit on others")
+    was = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in made.items():
+        if was.get(key) != value:
+            raise UserError(f"{name} has {key} = {was.get(key)}, and this evaluation {value}: such scores differ")
+    return other
+
+
+def calibrated(records: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of expected scores after an affine and an isotonic map that are fitted to ``other`` judgements.
+
+    The intervals are of the measure on these ``records``: they take the maps as given.
+    """
     x, y = (np.array([r[name] for r in other]) for name in ("expected_score", "label"))
     predicted = np.array([r["expected_score"] for r in records])
     label, question = ([r[name] for r in records] for name in ("label", "question"))
     maps = {"affine": _affine, "isotonic": _isotonic}
     found = {name: with_intervals(fit(x, y, predicted), label, question) for name, fit in maps.items()}
-    return {"fitted_on": str(fitted_on), "n": len(other), **found}
+    return {"n": len(other), **found}
 
 
 def _affine(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:

@@ -268,6 +268,11 @@ class Sampling:
         _require(not same, "generate.n", self.n, "must be 1 at temperature 0, where all rationales would be the same")
 
 
+def sampling_of(settings: Sampling, **changes: Any) -> Sampling:
+    """The settings of ``settings`` that decide samples, and nothing else of it."""
+    return Sampling(**{f.name: getattr(settings, f.name) for f in fields(Sampling)} | changes)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Generate(Sampling):
     """Rationales that the judge of the first stage writes for the second: sampling, and what is left out."""

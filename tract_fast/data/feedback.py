@@ -15,7 +15,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,12 @@ def split_by_question(
     count = min(max(1, round(share * len(questions))), len(questions) - 1)
     held = set(questions[:count])
     return [e for e in examples if e.question not in held], [e for e in examples if e.question in held]
+
+
+def as_record(e: Example, labels: Mapping[float, str]) -> dict[str, Any]:
+    """An example in the plain form. ``labels``: what is written for each value of the scale."""
+    record = {"id": e.id, "question": e.question, "prompt": e.prompt, "rationale": e.rationale}
+    return record | {"score": labels.get(e.score, e.score), "weight": e.weight}
 
 
 def question_overlap(train: Sequence[Example], evaluation: Sequence[Example]) -> int:
