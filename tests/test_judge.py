@@ -51,7 +51,7 @@ def test_score_from_the_cache_is_that_of_a_pass_over_the_whole_text(family, n, a
     out = sample(judge.lm, judge.tokenizer, TEXTS, ids, settings, judge.ends)
     for b, judgement in enumerate(judge.judge(TEXTS, ids, settings)):
         for draw, written in zip(judgement.draws, out.tokens[b * n : (b + 1) * n], strict=True):
-            kept = judge._rationale_tokens(written, judge._text(written))
+            kept = judge.rationale_tokens(written, judge.text(written))
             probs, mass = alone(judge, ids[b], written[:kept])
             assert draw.score_mass == pytest.approx(mass, rel=2e-3)
             np.testing.assert_allclose(draw.distribution, np.array(probs) / mass, rtol=2e-3)
@@ -66,7 +66,7 @@ def test_score_after_any_part_of_what_was_written(family, cuts):
     ids = judge.render(TEXTS)
     out = sample(judge.lm, judge.tokenizer, TEXTS, ids, SHORT, judge.ends)
     kept = [min(cut, len(tokens)) for cut, tokens in zip(cuts, out.tokens, strict=True)]
-    probs, mass, _ = judge._read(after(out, kept, ids, 1, judge.scale.prefix_ids), out.cache)
+    probs, mass, _ = judge._scores(judge._log_probs(after(out, kept, ids, 1, judge.scale.prefix_ids), out.cache))
     for b in range(3):
         want, total = alone(judge, ids[b], out.tokens[b][: kept[b]])
         assert mass[b] == pytest.approx(total, rel=2e-3)
@@ -244,7 +244,7 @@ def test_given_rationales_score_as_in_training(trained):
         checkpoint.load(checkpoint.latest(trained), job.model, job.optimizer)
         in_training = held_out_metrics(job.model, data.held_out, recipe, ranks)
     tails = [list(e.ids[e.prompt_len : len(e.ids) - len(judge.scale.prefix_ids) - 2]) for e in data.held_out]
-    found = judge.given([list(e.ids[: e.prompt_len]) for e in data.held_out], [judge._text(t) for t in tails])
+    found = judge.given([list(e.ids[: e.prompt_len]) for e in data.held_out], [judge.text(t) for t in tails])
     error = np.array([j.score for j in found]) - [e.score for e in data.held_out]
     assert np.sqrt(np.mean(error**2)) == pytest.approx(in_training["rmse"], rel=1e-4)
     assert np.mean([j.score_mass for j in found]) == pytest.approx(in_training["score_mass"], rel=1e-4)
@@ -389,9 +389,9 @@ def test_rationale_ends_with_a_whole_character():
     for rationale in ("kind 😀", "the reply is kind”", "no thanks。"):
         reply = f"{rationale} So the overall score is 4"
         tokens = judge.tokenizer(reply, add_special_tokens=False).input_ids
-        kept = judge._rationale_tokens(tokens, judge._text(tokens))
-        assert judge._text(tokens[:kept]).rstrip() == rationale
-        assert not judge._text(tokens[: kept - 1]).startswith(rationale)
+        kept = judge.rationale_tokens(tokens, judge.text(tokens))
+        assert judge.text(tokens[:kept]).rstrip() == rationale
+        assert not judge.text(tokens[: kept - 1]).startswith(rationale)
 
 
 @pytest.mark.parametrize("make", [tiny_tokenizer, tiny_bos_tokenizer, tiny_metaspace_tokenizer])

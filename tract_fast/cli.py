@@ -5,8 +5,10 @@ Commands import what they need when they run.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -133,6 +135,7 @@ def evaluate(
     skip: tyro.conf.FlagCreatePairsOff[bool] = False,
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
     dtype: Annotated[str, tyro.conf.arg(metavar="auto|bfloat16|float32")] = "auto",
+    backend: Annotated[str, tyro.conf.arg(metavar="auto|vllm|http://...")] = "auto",
     calibrate: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
 ) -> int:
     """Judge held-out prompts and measure how far the scores agree with the true ones.
@@ -151,13 +154,20 @@ def evaluate(
         skip: Leave out and list broken records and prompts that are too long, instead of stopping.
         batch: Sequences generated at a time.
         dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
+        backend: Where the judge runs: auto (here), vllm (starts its server), or the address of a server that has it.
         calibrate: Show calibrated scores, too, fitted to this folder of another evaluation, on held-out training data.
     """
     from tract_fast import evaluate as evaluation
     from tract_fast.judging import Source
 
     source = Source(data=data, holdout=holdout, split_seed=split_seed, limit=limit or None, skip=skip)
-    options = {"teacher_forced": teacher_forced, "batch": batch, "dtype": dtype, "calibrate": calibrate}
+    options = {
+        "teacher_forced": teacher_forced,
+        "batch": batch,
+        "dtype": dtype,
+        "backend": backend,
+        "calibrate": calibrate,
+    }
     evaluation.show(evaluation.run(model, source, out, settings, **options), out)
     return 0
 
@@ -184,6 +194,7 @@ def score(
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")] = Path("-"),
     batch: Annotated[int, tyro.conf.arg(metavar="N")] = 16,
     dtype: Annotated[str, tyro.conf.arg(metavar="auto|bfloat16|float32")] = "auto",
+    backend: Annotated[str, tyro.conf.arg(metavar="auto|vllm|http://...")] = "auto",
 ) -> int:
     """Judge prompts from JSON Lines, a file or standard input, and print a judgement a line as they come.
 
@@ -196,6 +207,7 @@ def score(
         file: JSON Lines; - is standard input.
         batch: Sequences generated at a time; 1 answers each line before the next is read.
         dtype: Precision; auto is what the judge was trained in, and float32 on a CPU slow at bfloat16.
+        backend: Where the judge runs: auto (here), vllm (starts its server), or the address of a server that has it.
     """
     piped = str(file) == "-"
     if (sys.stdin is None) if piped else not file.is_file():
@@ -204,8 +216,9 @@ def score(
         from tract_fast import score as scoring
         from tract_fast.judge import Judge
 
-        judge = Judge.from_pretrained(model, dtype=dtype, say=lambda line: print(line, file=sys.stderr))
-        failed = scoring.run(judge, lines, file.name, sys.stdout, settings, batch)
+        tell = functools.partial(print, file=sys.stderr)
+        with contextlib.closing(Judge.from_pretrained(model, backend=backend, dtype=dtype, say=tell)) as judge:
+            failed = scoring.run(judge, lines, file.name, sys.stdout, settings, batch)
     if failed:
         print(f"{failed} lines could not be judged: see their field error", file=sys.stderr)
     return int(failed > 0)

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def run(
     teacher_forced: bool = False,
     batch: int = 16,
     dtype: str = "auto",
+    backend: str = "auto",
     calibrate: Path | None = None,
     say: Say = print,
 ) -> dict:
@@ -59,7 +61,21 @@ def run(
     """
     prompts_at_once(batch, 1 if teacher_forced else settings.n)
     make_folder(out, "--out")
-    judge = Judge.from_pretrained(model, dtype=dtype, say=say)
+    with closing(Judge.from_pretrained(model, backend=backend, dtype=dtype, say=say)) as judge:
+        return _run(judge, model, source, out, settings, teacher_forced, batch, calibrate, say)
+
+
+def _run(
+    judge: Judge,
+    model: str,
+    source: Source,
+    out: Path,
+    settings: Sampling,
+    teacher_forced: bool,
+    batch: int,
+    calibrate: Path | None,
+    say: Say,
+) -> dict:
     rationales = "none" if not judge.writes else "given" if teacher_forced else "generated"
     generated = rationales == "generated"
     if not generated:

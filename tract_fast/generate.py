@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -60,7 +61,11 @@ def run(
     data, model or settings cannot work, or ``out`` holds another generation.
     """
     make_folder(out, "--out")
-    judge = Judge.from_pretrained(model, dtype=dtype, say=say)
+    with closing(Judge.from_pretrained(model, backend=settings.backend, dtype=dtype, say=say)) as judge:
+        return _run(judge, model, source, out, settings, say)
+
+
+def _run(judge: Judge, model: str, source: Source, out: Path, settings: Generate, say: Say) -> dict[str, Any]:
     if not judge.writes:
         raise UserError(f"{model} was trained without rationales (data.rationale: drop) and writes none")
     examples, left_out = read_examples(judge, source, held_out=False, rationale="optional", say=say)

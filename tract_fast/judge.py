@@ -20,12 +20,11 @@ from transformers import Cache
 
 from tract_fast.data import prompt as prompts
 from tract_fast.data.feedback import cut_rationale, has_score, read_label
-from tract_fast.data.scores import ScoreScale, find_scale
-from tract_fast.description import DESCRIPTION, Description, check_tokens, judge_folder, read_description
+from tract_fast.data.scores import ScoreScale
+from tract_fast.description import Description
 from tract_fast.errors import UserError
-from tract_fast.model import DTYPES, load_config, load_lm, load_tokenizer, locate, round_to
-from tract_fast.perf import slow_bfloat16
-from tract_fast.recipe import Model, Sampling, Score
+from tract_fast.loading import Say, load_weights, open_judge
+from tract_fast.recipe import Sampling
 from tract_fast.sample import Sampled, cache_name, left_padded, positions, sample, take_end_tokens
 from tract_fast.shard import local_device
 
@@ -108,44 +107,41 @@ class Judge:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: str = "auto", device: str | torch.device | None = None, say=lambda line: None
+        cls,
+        path: str | Path,
+        *,
+        backend: str = "auto",
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        say: Say = lambda line: None,
     ) -> Judge:
         """A judge from the folder that ``tract-fast export`` wrote (merged, adapter, or both in it).
 
         Any other instruct model (folder, hub name, ``package:NAME``) is taken as a judge of scores 1 to 5. ``dtype``:
         ``bfloat16``, ``float32``, or ``auto``: what it was trained in, or float32 on a CPU that does not multiply
-        bfloat16. ``say`` receives a line per choice made here. No code of the folder runs. Raises UserError where the
-        folder is no model, or its ``tract.json`` does not belong to its tokenizer.
+        bfloat16. ``backend``: where the model runs, ``auto`` (here, by transformers), ``vllm`` (its server is started,
+        and ends with ``close()``), or the address of an OpenAI-compatible server that serves this judge (see
+        ``served``). ``say`` receives a line per choice made here. No code of the folder runs. Raises UserError where
+        the folder is no model, its ``tract.json`` does not belong to its tokenizer, or there is no such server.
         """
-        folder = judge_folder(str(path))
-        about = read_description(folder / DESCRIPTION) if folder else None
-        if about is None:
-            locate(Model(path=str(path)))  # there is such a folder or package, or it can be a hub name
-            say(f"{path} has no {DESCRIPTION}: taken as a judge that gives scores {', '.join(Score.labels)}")
-        found = about or Description()
-        device = torch.device(device) if device else local_device()
-        chosen, reason = choose_dtype(dtype, found.dtype, device)
-        say(f"dtype: {chosen} ({reason})")
-        adapter = folder if folder and (folder / "adapter_config.json").is_file() else None
-        source = found.base_model if adapter else str(folder or path)
-        if adapter and not source:
-            raise UserError(f"{adapter / DESCRIPTION} names no base_model for the adapter: use the merged folder")
-        model = Model(path=source, dtype=chosen)
-        config = load_config(model)
-        caps = getattr(config.get_text_config(), "attn_logit_softcapping", None)
-        tokenizer = load_tokenizer(Model(path=str(adapter)) if adapter else model)
-        scale = find_scale(tokenizer, found.labels, found.values, rationale=found.rationale)
-        if about:
-            check_tokens(folder / DESCRIPTION, about, scale)
-        prompts.check_tokenizer(tokenizer, scale, found.chat_template_kwargs or {})
-        lm = load_lm(model, dtype=DTYPES[chosen], attention_name="eager" if caps else "sdpa", config=config)
-        if getattr(lm, "_is_stateful", False):
-            raise UserError(
-                f"{path}: {lm.config.model_type} keeps a state instead of a key-value cache, which is not read"
-            )
-        if adapter:
-            lm = _merged(lm, adapter)
-        return cls(lm.to(device), tokenizer, scale, found)
+        opened = open_judge(str(path), say)
+        if backend != "auto":
+            from tract_fast.served import served_judge
+
+            return served_judge(opened, backend, dtype=dtype, device=device, say=say)
+        return cls(
+            load_weights(opened, dtype, torch.device(device) if device else local_device(), say),
+            opened.tokenizer,
+            opened.scale,
+            opened.about,
+        )
+
+    def calls(self, batch: int, n: int) -> tuple[int, int]:
+        """How to judge many prompts with ``batch`` sequences under way: prompts a call, and calls at once."""
+        return prompts_at_once(batch, n), 1
+
+    def close(self) -> None:
+        """End what was started for the judge; nothing where its model runs here."""
 
     def prompt(self, /, **parts: str) -> str:
         """The judge's prompt template filled with ``orig_instruction``, ``orig_response``, ``orig_reference_answer``,
@@ -253,9 +249,15 @@ class Judge:
         if not self.writes:
             return self.given(ids, [""] * len(ids))
         out = sample(self.lm, self.tokenizer, texts, ids, settings, self.ends, firsts)
-        replies = [self._text(tokens) for tokens in out.tokens]
-        kept = [self._rationale_tokens(tokens, reply) for tokens, reply in zip(out.tokens, replies, strict=True)]
-        probs, mass, expected = self._read(after(out, kept, ids, settings.n, self.scale.prefix_ids), out.cache)
+        replies = [self.text(tokens) for tokens in out.tokens]
+        kept = [self.rationale_tokens(tokens, reply) for tokens, reply in zip(out.tokens, replies, strict=True)]
+        log_probs = self._log_probs(after(out, kept, ids, settings.n, self.scale.prefix_ids), out.cache)
+        return self.judgements(replies, [len(tokens) for tokens in out.tokens], log_probs, settings.n)
+
+    def judgements(self, replies: Sequence[str], counts: Sequence[int], log_probs: Tensor, n: int) -> list[Judgement]:
+        """What was sampled and read: ``n`` replies a prompt, their lengths in tokens, and ``log_probs`` (S, K) of the
+        score tokens in the vocabulary after each rationale."""
+        probs, mass, expected = self._scores(log_probs)
         draws = [
             Draw(
                 rationale=cut_rationale(reply),
@@ -264,21 +266,17 @@ class Judge:
                 score_mass=mass[s],
                 decoded_score=self._decoded(reply),
                 complete=has_score(reply),
-                tokens=len(out.tokens[s]),
+                tokens=counts[s],
             )
             for s, reply in enumerate(replies)
         ]
-        return [Judgement.of(draws[i : i + settings.n]) for i in range(0, len(draws), settings.n)]
+        return [Judgement.of(draws[i : i + n]) for i in range(0, len(draws), n)]
 
-    @torch.no_grad()
     def given(self, ids: Sequence[Sequence[int]], rationales: Sequence[str]) -> list[Judgement]:
         """One batch, teacher-forced: the score after a given rationale each; decoded is the likeliest label."""
         tails = prompts.tokenize(self.tokenizer, list(rationales))
         whole = [[*head, *tail, *self.scale.prefix_ids] for head, tail in zip(ids, tails, strict=True)]
-        input_ids, mask = left_padded(whole, self.device)
-        probs, mass, expected = self._read(
-            {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions(mask)}, None
-        )
+        probs, mass, expected = self._scores(self.log_probs_after(whole))
         return [
             Judgement.of(
                 [
@@ -296,33 +294,41 @@ class Judge:
             for s, rationale in enumerate(rationales)
         ]
 
+    def log_probs_after(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """(S, K) float64: of the score tokens in the vocabulary, as the next token of each of the ``rows``."""
+        input_ids, mask = left_padded(rows, self.device)
+        return self._log_probs({"input_ids": input_ids, "attention_mask": mask, "position_ids": positions(mask)}, None)
+
     @torch.no_grad()
-    def _read(self, inputs: dict[str, Tensor], cache: Cache | None) -> tuple[list, list, list]:
-        """Score probabilities (S, K), score mass (S,), expected scores (S,) at the last position of ``inputs``."""
+    def _log_probs(self, inputs: dict[str, Tensor], cache: Cache | None) -> Tensor:
+        """(S, K) float64: of the score tokens in the vocabulary, after the last position of ``inputs``."""
         out = self.lm(**inputs, **{cache_name(self.lm): cache}, use_cache=cache is not None, logits_to_keep=1)
         logits = out.logits[:, -1].double()
         if not logits.isfinite().all():
             raise UserError(
                 f"the model's logits are not finite, in {self.dtype}: its weights are broken, or its range is too small"
             )
-        scores = logits[:, list(self.scale.token_ids)]
-        in_vocabulary = (scores - logits.logsumexp(-1, keepdim=True)).exp()
-        probs = scores.softmax(-1) if self.about.normalize == "scores" else in_vocabulary
+        return logits[:, list(self.scale.token_ids)] - logits.logsumexp(-1, keepdim=True)
+
+    def _scores(self, log_probs: Tensor) -> tuple[list, list, list]:
+        """Score probabilities (S, K), score mass (S,), expected scores (S,) from ``log_probs`` (S, K)."""
+        in_vocabulary = log_probs.exp()
+        probs = log_probs.softmax(-1) if self.about.normalize == "scores" else in_vocabulary
         expected = probs @ torch.tensor(self.scale.values, dtype=torch.float64, device=probs.device)
         return probs.tolist(), in_vocabulary.sum(-1).tolist(), expected.tolist()
 
-    def _rationale_tokens(self, tokens: list[int], reply: str) -> int:
+    def rationale_tokens(self, tokens: list[int], reply: str) -> int:
         """How many of a sample's tokens are its rationale: as few as spell it out. What follows is forced anew."""
         rationale = cut_rationale(reply)
         if not rationale:
             return 0
         end = reply.index(rationale) + len(rationale)
         count = len(tokens)
-        while self._text(tokens[: count - 1]).startswith(reply[:end]):  # half a character decodes to another one
+        while self.text(tokens[: count - 1]).startswith(reply[:end]):  # half a character decodes to another one
             count -= 1
         return count
 
-    def _text(self, tokens: list[int]) -> str:
+    def text(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _decoded(self, reply: str) -> float | None:
@@ -369,28 +375,3 @@ def after(
         "attention_mask": torch.cat([cached.long(), torch.ones_like(tail)], dim=1),
         "position_ids": real[:, None] + torch.arange(tail.shape[1], device=device),
     }
-
-
-def choose_dtype(asked: str, trained: str, device: torch.device) -> tuple[str, str]:
-    """(dtype to compute in, reason). Raises UserError where ``asked`` is none."""
-    if asked != "auto":
-        if asked not in DTYPES:
-            raise UserError(f"dtype = {asked}: must be auto, {' or '.join(DTYPES)}")
-        return asked, "asked for"
-    if trained == "bfloat16" and slow_bfloat16(device):
-        return "float32", "this CPU has no fast bfloat16 products"
-    return trained, "as it was trained"
-
-
-def _merged(lm: nn.Module, adapter: Path) -> nn.Module:
-    """``lm`` with the adapter merged in float32 and rounded to its own dtype, as ``export`` does."""
-    from peft import PeftModel
-
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"{adapter} has no adapter_model.safetensors: other forms of weights are not read")
-    dtype = lm.dtype
-    try:
-        return round_to(PeftModel.from_pretrained(lm.float(), str(adapter)).merge_and_unload(), dtype)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{adapter}: the adapter does not fit its base model: {reason}") from error

@@ -13,6 +13,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tract_fast.checkpoint import replace_file
 from tract_fast.data import feedback, prompt as prompts
 from tract_fast.data.feedback import Example
 from tract_fast.errors import UserError
-from tract_fast.judge import Judge, Judgement, prompts_at_once
+from tract_fast.judge import Judge, Judgement
 from tract_fast.recipe import Sampling, sampling_of
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
@@ -223,30 +224,45 @@ def _predict(
     replace_file(path, "".join(map(line, found.values())))  # without a torn line
     # prompts of about the same length together, the longest first: what does not fit into memory shows at once
     order = sorted(range(len(items)), key=lambda i: (-items[i].length, i))
-    step = prompts_at_once(batch, settings.n)
+    step, at_once = judge.calls(batch, settings.n)
     plan = [[items[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
     todo = [chosen for chosen in plan if not all(item.id in found for item in chosen)]
     done = len(items) - sum(map(len, todo))
     if done:
         say(f"{path} holds {done} of {len(items)} predictions: going on")
-    begin, written = time.perf_counter(), 0
+
+    def work(chosen: Sequence[Item]) -> list[Judgement]:
+        ids = [item.ids for item in chosen]
+        if rationales != "generated":
+            return judge.given(ids, [item.rationale for item in chosen])
+        return judge.judge([item.prompt for item in chosen], ids, settings, [item.first for item in chosen])
+
+    begin, written, told = time.perf_counter(), 0, done
     with path.open("a", encoding="utf-8") as file:
-        for chosen in todo:
-            ids = [item.ids for item in chosen]
-            if rationales != "generated":
-                judgements = judge.given(ids, [item.rationale for item in chosen])
-            else:
-                firsts = [item.first for item in chosen]
-                judgements = judge.judge([item.prompt for item in chosen], ids, settings, firsts)
+        for chosen, judgements in zip(todo, _spread(work, todo, at_once), strict=True):
             new = {item.id: prediction(item, j) for item, j in zip(chosen, judgements, strict=True)}
             file.write("".join(map(line, new.values())))
             file.flush()
             found |= new
             done += len(new)
             written += sum(d.tokens for j in judgements for d in j.draws)
-            speed = f", {written / (time.perf_counter() - begin):.0f} tokens/s written" if written else ""
-            say(f"judged {done} of {len(items)}{speed}")
+            if done - told >= step * at_once or done == len(items):
+                told = done
+                speed = f", {written / (time.perf_counter() - begin):.0f} tokens/s written" if written else ""
+                say(f"judged {done} of {len(items)}{speed}")
     return found
+
+
+def _spread(work: Callable[[Any], Any], plan: Sequence[Any], at_once: int) -> Iterator[Any]:
+    """``map(work, plan)``, with so many under way at once."""
+    if at_once == 1:
+        yield from map(work, plan)
+        return
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        yield from pool.map(work, plan)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def prediction(item: Item, judgement: Judgement) -> dict[str, Any]:

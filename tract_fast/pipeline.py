@@ -43,6 +43,11 @@ def run(recipe: Recipe, *, until: str | None = None, begin: str | None = None) -
     for flag, step in (("--until", until), ("--from", begin)):
         if step is not None and step not in steps:
             raise UserError(f"{flag} {step}: the steps of this recipe are {', '.join(steps)}")
+    if recipe.generate.backend.startswith("http"):
+        raise UserError(
+            f"generate.backend = {recipe.generate.backend}: the judges of a run are new, so no server has them; write "
+            "vllm, which is started with each, or use the command generate"
+        )
     if recipe.stage2.train and recipe.data.rationale == "drop":
         raise UserError(
             "data.rationale = drop: a judge without rationales writes none for a second stage; set stage2.train: false"
@@ -186,7 +191,9 @@ def evaluation_sampling(recipe: Recipe) -> Sampling:
 def _evaluate(recipe: Recipe, sets: dict[str, Source], settings: Sampling, judge: Path) -> int:
     for name, source in sets.items():
         out = Path(recipe.run.dir) / "evaluate" / name
-        evaluate.show(evaluate.run(str(judge), source, out, settings, batch=recipe.evaluate.batch), out)
+        backend = recipe.generate.backend if recipe.data.rationale == "keep" else "auto"
+        options = {"batch": recipe.evaluate.batch, "backend": backend}
+        evaluate.show(evaluate.run(str(judge), source, out, settings, **options), out)
         _free()
     return 0
 
@@ -200,7 +207,8 @@ def chained(recipe: Recipe, sets: dict[str, Source], steps: tuple[str, ...]) -> 
             own = {name: settings[name] for name in TRAINING}
             own["files"] = [hash_of(source) for source in (recipe.data.train, recipe.data.eval) if source]
         elif step == "evaluate":
-            own = {"evaluate": settings["evaluate"], "generate": asdict(evaluation_sampling(recipe))}
+            sampled = asdict(evaluation_sampling(recipe)) | {"backend": recipe.generate.backend}
+            own = {"evaluate": settings["evaluate"], "generate": sampled}
             own["files"] = {name: asdict(source) | {"hash": hash_of(source.data)} for name, source in sets.items()}
         else:
             own = {step: settings[step]}

@@ -277,6 +277,9 @@ def sampling_of(settings: Sampling, **changes: Any) -> Sampling:
 class Generate(Sampling):
     """Rationales that the judge of the first stage writes for the second: sampling, and what is left out."""
 
+    backend: str = "auto"
+    """Where rationales are written: auto (here, by transformers), vllm (its server is started), or the address of an
+    OpenAI-compatible server that has the judge."""
     batch: int = 16
     """Sequences generated at a time."""
     drop: tuple[Fault, ...] = ()
@@ -285,6 +288,10 @@ class Generate(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        known = self.backend in ("auto", "vllm") or self.backend.startswith(("http://", "https://"))
+        _require(
+            known, "generate.backend", self.backend, "must be auto, vllm or the address of a server, http://HOST:PORT"
+        )
         rule = f"must be at least {self.n}, the rationales of one prompt (generate.n)"
         _require(self.batch >= self.n, "generate.batch", self.batch, rule)
         _check_choices(self)

@@ -125,6 +125,12 @@ class StopAtScore(StoppingCriteria):
         return torch.tensor([bool(SCORE_IS_WRITTEN.search(tail)) for tail in tails], device=input_ids.device)
 
 
+def cut_at_score(text: str) -> str:
+    """A text up to where ``StopAtScore`` would have ended it."""
+    found = SCORE_IS_WRITTEN.search(text)
+    return text[: found.end()] if found else text
+
+
 def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """(ids (B, L) int64, mask (B, L) int64, 0 at padding). A row is padded with its own first token: what is masked
     must not add a token to those that the repetition penalty counts."""
