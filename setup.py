@@ -94,6 +94,7 @@ setup(
     extras_require={
         "gpu": ["liger-kernel>=0.8.2"],
         "flash": ["flash-attn"],
+        "server": ["openai>=1.98"],
         "vllm": ["vllm"],
         "track": ["tensorboard", "wandb", "trackio"],
         "dev": [
@@ -103,6 +104,7 @@ setup(
             "ruff>=0.14",
             "cmake>=3.18",
             "tensorboard",
+            "transformers[serving]",
             "triton; sys_platform == 'linux'",
         ],
     },

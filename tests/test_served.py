@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from tests.servers import Stand, transformers_serve
+from tests.tiny import tiny_tokenizer
+from tests.tiny_models import SIZE, random_lm
 from tract_fast import cli, evaluate, generate
 from tract_fast.errors import RunStopped, UserError
 from tract_fast.judge import Judge
@@ -187,13 +190,23 @@ def test_transformers_serve(trained, tmp_path, capsys):
 
 
 @pytest.mark.skipif(shutil.which("vllm") is None, reason="vllm is not installed")
-def test_vllm(trained):
+def test_vllm(trained, tmp_path):
     """vLLM itself: greedy rationales and scores are those of the judge here."""
-    served = Judge.from_pretrained(trained, backend="vllm", dtype="float32", say=print)
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    # its attention on CPUs takes heads of 32 and more
+    shape = SIZE | {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    random_lm(LlamaConfig(vocab_size=len(tokenizer) + 3, **shape)).save_pretrained(tmp_path)
+    served = Judge.from_pretrained(tmp_path, backend="vllm", dtype="float32", say=print)
     try:
         texts = prompts_of(trained)
         options = {"temperature": 0.0, "repetition_penalty": 1.2, "max_new_tokens": 24}
-        found, expected = (judge.score(texts, **options) for judge in (served, Judge.from_pretrained(trained)))
+        found = served.score(texts, **options)
+        expected = Judge.from_pretrained(tmp_path, dtype="float32").score(texts, **options)
+        sampled = served.score(texts[0], n=3, temperature=1.5, max_new_tokens=24)
+        again = served.score(texts[0], n=3, temperature=1.5, max_new_tokens=24)
+        assert len({draw.rationale for draw in sampled.draws}) == 3
+        assert [draw.rationale for draw in again.draws] == [draw.rationale for draw in sampled.draws]
         assert [one.rationale for one in found] == [one.rationale for one in expected]
         assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-3)
         assert [one.score_mass for one in found] == pytest.approx([one.score_mass for one in expected], abs=1e-3)

@@ -41,9 +41,14 @@ FAMILIES = {
 
 
 def tiny_lm(family: str = "llama", vocabulary: int = 512, seed: int = 0) -> torch.nn.Module:
+    """A random causal LM of a family, in float32."""
+    return random_lm(FAMILIES[family](vocabulary), seed)
+
+
+def random_lm(config, seed: int = 0) -> torch.nn.Module:
     """A random causal LM in float32 whose weights are large enough for its parts to matter."""
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(FAMILIES[family](vocabulary), dtype=torch.float32)
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for p in lm.parameters():
             if p.ndim >= 2:
