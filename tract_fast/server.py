@@ -53,7 +53,7 @@ class Server:
         try:
             import openai
         except ImportError:
-            raise UserError("servers are reached through the package openai: pip install 'tract_fast[server]'") from None
+            raise UserError("servers are reached through the package openai: pip install openai") from None
         url, name = urldefrag(address)
         self.url = url.rstrip("/").removesuffix("/v1")
         self.errors = (openai.OpenAIError,)
