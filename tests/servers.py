@@ -51,8 +51,8 @@ class Stand(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, judge: Judge):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, judge: Judge, port: int = 0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.judge, self.lock = judge, threading.Lock()
         self.requests: list[dict[str, Any]] = []
         self.change = lambda path, answer: answer
@@ -81,6 +81,14 @@ class Stand(ThreadingHTTPServer):
         return answer_of(judge.text(tokens), len(ids), len(tokens), token_ids=tokens)
 
 
+def stand_command(folder: Path) -> Path:
+    """A command ``vllm`` in ``folder`` that takes the arguments of vLLM's and starts a ``Stand`` with that judge."""
+    command = folder / "vllm"
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tests.servers "$@"\n')
+    command.chmod(0o755)
+    return command
+
+
 def answer_of(text: str, prompt: int, written: int, **more: Any) -> dict[str, Any]:
     choice = {"index": 0, "text": text, "finish_reason": "stop", "logprobs": None, **more}
     usage = {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
@@ -97,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         models = {"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "vllm"}]}
         models["data"][0]["max_model_len"] = 300
-        self._send({"/v1/models": models, "/version": {"version": "0.0.test"}}.get(self.path))
+        self._send({"/v1/models": models, "/version": {"version": "0.0.test"}, "/health": {}}.get(self.path))
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -117,3 +125,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+if __name__ == "__main__":
+    _, model, *flags = sys.argv[1:]
+    Stand(Judge.from_pretrained(model), int(flags[flags.index("--port") + 1])).serve_forever()

@@ -14,6 +14,7 @@ import pytest
 
 from tests.kills import killed_again_and_again, sizes
 from tract_fast import cli, evaluate, judging
+from tract_fast.checkpoint import locked
 from tract_fast.data.feedback import Example, cut_rationale, has_score, read_label
 from tract_fast.errors import UserError
 from tract_fast.evaluate import by_prompt, summary
@@ -189,7 +190,7 @@ def test_a_folder_without_predictions_is_free(trained, done, tmp_path):
 
 
 def test_a_folder_belongs_to_one_process(trained, done):
-    with judging.locked(done), pytest.raises(UserError, match=r"is being written by another process"):
+    with locked(done, "--out"), pytest.raises(UserError, match=r"is being written by another process"):
         evaluate.run(str(trained), data_of(trained), done, SHORT, batch=4, say=quiet)
 
 

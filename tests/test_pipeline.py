@@ -13,10 +13,11 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.kills import killed_again_and_again, sizes
+from tests.servers import stand_command
 from tests.tiny_runs import tiny_recipe
-from tract_fast import cli, pipeline, recipe as recipes
+from tract_fast import checkpoint, cli, pipeline, recipe as recipes, train
 from tract_fast.errors import UserError
-from tract_fast.recipe import Generate, Recipe
+from tract_fast.recipe import Evaluate, Generate, Recipe
 
 SAMPLING = Generate(max_new_tokens=40, batch=8)
 
@@ -69,6 +70,47 @@ def test_second_stage_is_the_seed_model_on_the_judges_own_rationales(done):
     }
     evals = [r["eval"]["n"] for r in lines(folder / "stage2" / "metrics.jsonl") if "eval" in r]
     assert evals == [6, 6]
+
+
+def test_rationales_from_a_server_of_each_judge(done, tmp_path, monkeypatch, capsys):
+    stand_command(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    folder = shutil.copytree(done.run.dir, tmp_path / "run")
+    generate = replace(done.generate, backend="vllm")
+    recipe = replace(done, run=replace(done.run, dir=str(folder)), generate=generate)
+    with pytest.raises(UserError, match=r"generate\.backend"):
+        pipeline.run(recipe)
+    assert pipeline.run(recipe, begin="generate", until="generate") == 0
+    assert "vllm serve" in capsys.readouterr().out
+    assert len(lines(folder / "generate" / "rationales.jsonl")) == 18
+    assert "vllm" in json.loads((folder / "generate" / "settings.json").read_text())["dtype"]
+
+
+def test_a_server_cannot_have_the_judges_of_a_run(done):
+    with pytest.raises(UserError, match="no server has them"):
+        pipeline.run(replace(done, generate=replace(done.generate, backend="http://127.0.0.1:1")))
+
+
+def test_a_run_belongs_to_one_process(done):
+    for folder, work in ((done.run.dir, pipeline.run), (f"{done.run.dir}/stage1", train.run)):
+        recipe = replace(done, run=replace(done.run, dir=folder))
+        with checkpoint.locked(Path(folder), "run.dir"), pytest.raises(UserError, match="another process"):
+            work(recipe)
+
+
+def test_evaluation_data_is_read_before_any_work(tmp_path, capsys):
+    recipe = small(tmp_path, data__holdout=0.0)
+    whole = Path(recipe.data.train).read_text()
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(whole + '{"prompt": "p"}\n')
+    evaluation = Evaluate(data=(str(broken),))
+    with pytest.raises(UserError, match=r"broken.jsonl:25"):
+        pipeline.run(replace(recipe, evaluate=evaluation))
+    assert not (Path(recipe.run.dir) / "stage1").exists()
+    broken.write_text(whole)
+    recipe = replace(recipe, evaluate=evaluation, train=replace(recipe.train, max_steps=1))
+    assert pipeline.run(recipe, until="stage1") == 0
+    assert "questions of evaluate.data" in capsys.readouterr().out
 
 
 def test_finished_steps_are_skipped(done, capsys):

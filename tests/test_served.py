@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
-from tests.servers import Stand, transformers_serve
+from tests.servers import Stand, stand_command, transformers_serve
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import SIZE, random_lm
 from tract_fast import cli, evaluate, generate
@@ -159,6 +159,18 @@ def test_vllm_that_does_not_start_is_told_with_its_last_line(trained, tmp_path, 
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     with pytest.raises(UserError, match="cannot load"):
         Judge.from_pretrained(trained, backend="vllm")
+
+
+def test_the_server_of_a_judge_ends_with_it(trained, tmp_path, monkeypatch):
+    stand_command(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    served = Judge.from_pretrained(trained, backend="vllm")
+    try:
+        assert served.score("p q", **SHORT).score == pytest.approx(3, abs=2)
+        assert served.process.process.poll() is None
+    finally:
+        served.close()
+    assert served.process.process.poll() is not None
 
 
 def test_transformers_serve(trained, tmp_path, capsys):

@@ -10,12 +10,15 @@ Random numbers need no state: each step seeds its generator from (seed, step, ra
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -77,6 +80,22 @@ def make_folder(path: Path, setting: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{setting} = {path} cannot be written: {error.strerror}; choose another") from error
+
+
+@contextlib.contextmanager
+def locked(path: Path, setting: str) -> Iterator[None]:
+    """Hold a folder for this process. Raises UserError where another has it: both would write the same files."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{setting} = {path} is being written by another process: wait for it, or choose another"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def written(checkpoints: Path) -> list[Path]:

@@ -6,11 +6,8 @@ its lines are there; stopped and started again, the rest is computed, with the s
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +19,7 @@ import torch
 import transformers
 
 from tract_fast import __version__
-from tract_fast.checkpoint import replace_file
+from tract_fast.checkpoint import locked, replace_file
 from tract_fast.data import feedback, prompt as prompts
 from tract_fast.data.feedback import Example
 from tract_fast.errors import UserError
@@ -104,7 +101,9 @@ def render(
             why = f"its rationale holds the text {next(iter(found))!r}, which is a control token"
         if why and not skip:
             lower = "lower max_new_tokens, or " if new_tokens else ""
-            raise UserError(f"{item.id}: {why}; {lower}leave such records out with --skip")
+            raise UserError(
+                f"{item.id}: {why}; {lower}leave such records out (--skip; data.on_error: skip in a recipe)"
+            )
         if why:
             left_out.append({"where": item.id, "why": why})
         else:
@@ -126,21 +125,8 @@ def judge_all(
     gone on with. ``batch`` counts sequences; ``rationales``: "generated", "given" (those of the items) or "none".
     Raises UserError where ``out`` holds predictions by other settings, or another process writes there.
     """
-    with locked(out):
+    with locked(out, "--out"):
         return _judge_all(judge, items, settings, out, batch=batch, rationales=rationales, say=say)
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process. Raises UserError where another has it: both would write the same file."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{folder} is being written by another process: wait for it, or give another --out") from None
-    finally:
-        os.close(handle)
 
 
 def _judge_all(

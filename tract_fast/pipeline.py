@@ -52,10 +52,23 @@ def run(recipe: Recipe, *, until: str | None = None, begin: str | None = None) -
         raise UserError(
             "data.rationale = drop: a judge without rationales writes none for a second stage; set stage2.train: false"
         )
-    folder = Path(recipe.run.dir)
     sets = evaluation_sets(recipe)
     sampling = evaluation_sampling(recipe)
+    folder = Path(recipe.run.dir)
     checkpoint.make_folder(folder, "run.dir")
+    with checkpoint.locked(folder, "run.dir"):
+        return _run(recipe, steps, sets, sampling, until, begin)
+
+
+def _run(
+    recipe: Recipe,
+    steps: tuple[str, ...],
+    sets: dict[str, Source],
+    sampling: Sampling,
+    until: str | None,
+    begin: str | None,
+) -> int:
+    folder = Path(recipe.run.dir)
     inputs = dict(zip(steps, chained(recipe, sets, steps), strict=True))
     again = steps[steps.index(begin) :] if begin else ()
     todo = [step for step in steps if step in again or not is_done(folder, step, inputs[step])]
@@ -63,6 +76,8 @@ def run(recipe: Recipe, *, until: str | None = None, begin: str | None = None) -
         if until is not None and until not in again:
             raise UserError(f"--until {until} comes before --from {begin}: nothing would be made")
         forget(folder, again)
+    if todo:
+        check_sets(recipe, sets)
     actions: dict[str, Callable[[], int]] = {
         "stage1": lambda: _train(stage1(recipe)),
         "generate": lambda: _generate(recipe),
@@ -101,6 +116,21 @@ def evaluation_sets(recipe: Recipe) -> dict[str, Source]:
     if not data.holdout:
         raise UserError("run ends with an evaluation, and there is no data for it: set data.holdout or evaluate.data")
     return {"held_out": Source(data=data.train, holdout=data.holdout, split_seed=recipe.train.seed, skip=skip)}
+
+
+def check_sets(recipe: Recipe, sets: dict[str, Source]) -> None:
+    """Read ``evaluate.data`` before any work, and warn of questions that are trained on. Raises UserError."""
+    if not recipe.evaluate.data:
+        return
+    trained, _ = _split(recipe)
+    options = {"labels": recipe.score.labels, "values": recipe.score.values, "rationale": "drop"}
+    for source in sets.values():
+        found = feedback.read_examples(source.data, on_error="skip" if source.skip else "fail", **options).examples
+        shared = feedback.question_overlap(trained, found)
+        if shared:
+            print(
+                f"warning: {shared} questions of evaluate.data = {source.data} are trained on: its numbers will flatter"
+            )
 
 
 def stage1(recipe: Recipe) -> Recipe:

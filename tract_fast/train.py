@@ -6,6 +6,7 @@ by the step's global counts -> one transfer of the step's sums to the host -> cl
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -67,7 +68,10 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
         estimate.show(recipe, prepare(recipe, say), start)
         return 0
     checkpoint.make_folder(Path(recipe.run.dir), "run.dir")
-    with shard.start_ranks() as ranks:
+    with contextlib.ExitStack() as held:
+        ranks = held.enter_context(shard.start_ranks())
+        if ranks.is_main:
+            held.enter_context(checkpoint.locked(Path(recipe.run.dir), "run.dir"))
         say(f"device: {ranks.device}, rank {ranks.rank} of {ranks.world}, {torch.get_num_threads()} threads")
         if recipe.model.dtype == "bfloat16" and perf.slow_bfloat16(ranks.device):
             say("warning: model.dtype = bfloat16 is slow here (a CPU without 16-bit products): try float32")
