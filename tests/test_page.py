@@ -53,7 +53,8 @@ def test_everything_below_the_folder_is_on_the_page(folder, capsys):
     titles = re.findall(r"<h2>(.*?)</h2>", text)
     assert titles == ["Evaluations side by side", "given", "two", "own", "stage1"]
     metrics = json.loads((folder / "two" / "metrics.json").read_text())
-    assert evaluate.bounded(metrics["rail"]["rmse"]) in text
+    value, low, high = (f"{metrics['rail']['rmse'][key]:.3f}" for key in ("value", "low", "high"))
+    assert re.search(rf"<td>{value}\s*<small>{low} to {high}</small></td>", text)
     assert "Rationales that disagree most" in text
     assert text.count("<details>") == 6 + 9  # three of each kind; given rationales have one draw
     images = [attrs["src"] for tag, attrs in Elements(text).found if tag == "img"]

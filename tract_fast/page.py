@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from tract_fast import report
 from tract_fast.checkpoint import replace_file
 from tract_fast.errors import UserError
-from tract_fast.evaluate import METRICS, bounded
+from tract_fast.evaluate import METRICS
 from tract_fast.generate import HEALTH
 from tract_fast.judging import PREDICTIONS, draws, read_predictions
 from tract_fast.metrics import MEASURES
@@ -29,24 +29,27 @@ TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2em auto; padding: 0 1em }
 h1 { font-size: 1.5em } h2 { font-size: 1.2em; border-bottom: 1px solid #ccc; margin-top: 2.5em } h3 { font-size: 1em }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: 13px; white-space: nowrap }
-td, th { padding: .25em .7em; border-bottom: 1px solid #e4e4e4; text-align: right }
-td:first-child, th:first-child { text-align: left }
+td, th { padding: .25em .5em; border-bottom: 1px solid #e4e4e4; text-align: right }
+td:first-child, th:first-child { text-align: left } small { display: block; color: #666; font-size: 11px }
 img { max-width: 100% } details { margin: .6em 0 } summary { cursor: pointer }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .8em; font-size: 12.5px }
 .note { color: #666; font-size: 13px }
 </style></head><body>
 <h1>{{ title }}</h1>
+{% macro value(x) %}{% if x.value is none %}undefined{% else %}{{ "%.3f" | format(x.value) }}{% if x.low is not none %}
+<small>{{ "%.3f" | format(x.low) }} to {{ "%.3f" | format(x.high) }}</small>{% endif %}{% endif %}{% endmacro %}
 {% macro table(head, rows) %}<div class="wide"><table>
 <tr>{% for name in head %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+{% for row in rows %}<tr>{% for cell in row %}<td>{% if cell is mapping %}{{ value(cell) }}{% else %}{{ cell }}{% endif
+%}</td>{% endfor %}</tr>{% endfor %}
 </table></div>{% endmacro %}
 {% if evaluations %}<h2>Evaluations side by side</h2>
 {{ table(head, rows) }}
-<p class="note">Value and 95% interval (bootstrap over questions). Only evaluations of the same data compare; "given"
-rationales are easier than "generated" ones.</p>{% endif %}
+<p class="note">Of the expected score (RAIL), and of the decoded one; with 95% intervals, bootstrap over questions. Only
+evaluations of the same data compare; "given" rationales are easier than "generated" ones.</p>{% endif %}
 {% for e in evaluations %}<h2>{{ e.name }}</h2>
 <p class="note">{{ e.about }}</p><img alt="scores of {{ e.name }}" src="{{ e.picture }}">
 {{ table(["the same judgements, read as"] + measures, e.readings) }}
@@ -71,8 +74,7 @@ def write(folder: Path) -> Path:
     if not any(parts.values()):
         raise UserError(f"{folder} holds no run, evaluation or generation of tract-fast")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
-    head = ["", "data", "rationales", "prompts", *(f"RAIL, {name}" for name in MEASURES)]
-    head += ["decoded, pearson", "no score", "score mass"]
+    head = ["", "data", "rationales", "prompts", *MEASURES, "decoded, pearson", "no score", "score mass"]
     rows = [[e["name"], *e["row"]] for e in parts["evaluations"]]
     text = page.render(title=str(folder), head=head, rows=rows, measures=list(MEASURES), **parts)
     replace_file(folder / PAGE, text)
@@ -96,14 +98,14 @@ def evaluation(place: Path) -> dict[str, Any]:
     metrics = json.loads((place / METRICS).read_text(encoding="utf-8"))
     records = list(read_predictions(place / PREDICTIONS).values())
     rail, decoded = metrics["rail"], metrics["decoded"]["pearson"]
-    row = [metrics["data"], metrics["rationales"], metrics["n"], *(bounded(rail[name]) for name in MEASURES)]
-    row += [bounded(decoded), f"{metrics['no_score_sentence']} of {metrics['draws']}", f"{metrics['score_mass']:.3f}"]
+    row = [Path(metrics["data"]).name, metrics["rationales"], metrics["n"], *(rail[name] for name in MEASURES)]
+    row += [decoded, f"{metrics['no_score_sentence']} of {metrics['draws']}", f"{metrics['score_mass']:.3f}"]
     return {
         "row": row,
         "about": f"model {metrics['model']}, data {metrics['data']}, computed in {metrics['dtype']}, "
         f"{metrics['draws']} rationales",
         "picture": picture(report.judged(records, metrics["bins"])),
-        "readings": [[name, *(bounded(own[m]) for m in MEASURES)] for name, own in metrics["readings"].items()],
+        "readings": [[name, *(own[m] for m in MEASURES)] for name, own in metrics["readings"].items()],
         "examples": examples(records),
     }
 
