@@ -82,7 +82,7 @@ class Problem:
     def parameters(self) -> list[Tensor]:
         return [x for x in (self.hidden, self.weight) if x.requires_grad]
 
-    def ours(self, implementation: str) -> Tensor:
+    def ours(self, implementation: str, **options) -> Tensor:
         """As the trainer calls it: rows that count are gathered first."""
         return linear_tract_loss(
             self.hidden if len(self.rows) == len(self.hidden) else self.hidden.index_select(0, self.rows),
@@ -94,6 +94,7 @@ class Problem:
             self.values,
             implementation=implementation,
             memory_budget=self.budget,
+            **options,
         ).loss
 
     def eager(self) -> Tensor:
@@ -151,6 +152,8 @@ def contestants(p: Problem) -> dict[str, Callable[[], Tensor]]:
     torch._dynamo.reset()  # a fresh function per problem would soon pass the limit of recompilations, in silence
     found: dict[str, Callable[[], Tensor]] = {
         "chunked": lambda: p.ours("chunked"),
+        "sampled": lambda: p.ours("auto", gradient="sampled"),
+        "sampled 2^-12": lambda: p.ours("auto", gradient="sampled", eps=2.0**-12),
         "reference": lambda: p.ours("reference"),
         "eager": p.eager,
         "compile": torch.compile(p.eager, dynamic=False),

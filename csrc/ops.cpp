@@ -16,6 +16,7 @@
 #endif
 
 #include "row_pass.h"
+#include "sampled.h"
 #include "scratch.h"
 
 namespace tract_fast {
@@ -58,11 +59,12 @@ void check_range(const Tensor& indices, const char* name, int64_t least, int64_t
     STD_TORCH_CHECK(values[i] >= least && values[i] < end, name, " holds ", values[i], ", which is no column");
 }
 
-void row_pass_op(const Tensor logits, const std::optional<Tensor> bias, const Tensor picked_label,
-                 const Tensor picked_scores, const Tensor labels, const Tensor ce, const Tensor score,
-                 const Tensor score_target, const Tensor used, const Tensor ids, const Tensor values, const Tensor nll,
-                 const Tensor lse, const Tensor expected, const Tensor mass, const Tensor probs, double softcap,
-                 double logit_scale, bool vocab, bool gradient) {
+// Arguments of the row pass, checked: everything but what is done with them.
+RowPass row_pass_of(const Tensor& logits, const std::optional<Tensor>& bias, const Tensor& picked_label,
+                    const Tensor& picked_scores, const Tensor& labels, const Tensor& ce, const Tensor& score,
+                    const Tensor& score_target, const Tensor& used, const Tensor& ids, const Tensor& values,
+                    const Tensor& nll, const Tensor& lse, const Tensor& expected, const Tensor& mass,
+                    const Tensor& probs, double softcap, double logit_scale, bool vocab) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && logits.size(1) > 0 && logits.stride(1) == 1 &&
                       logits.stride(0) >= logits.size(1),
@@ -104,8 +106,108 @@ void row_pass_op(const Tensor logits, const std::optional<Tensor> bias, const Te
   p.softcap = static_cast<float>(softcap);
   p.logit_scale = static_cast<float>(logit_scale);
   p.vocab = vocab;
+  p.gradient = true;
+  return p;
+}
+
+void row_pass_op(const Tensor logits, const std::optional<Tensor> bias, const Tensor picked_label,
+                 const Tensor picked_scores, const Tensor labels, const Tensor ce, const Tensor score,
+                 const Tensor score_target, const Tensor used, const Tensor ids, const Tensor values, const Tensor nll,
+                 const Tensor lse, const Tensor expected, const Tensor mass, const Tensor probs, double softcap,
+                 double logit_scale, bool vocab, bool gradient) {
+  RowPass p = row_pass_of(logits, bias, picked_label, picked_scores, labels, ce, score, score_target, used, ids, values,
+                          nll, lse, expected, mass, probs, softcap, logit_scale, vocab);
   p.gradient = gradient;
-  row_pass(p, n, chosen().of(type_of(logits)), torch::stable::get_num_threads(), in_parallel);
+  row_pass(p, logits.size(0), chosen().of(type_of(logits)), torch::stable::get_num_threads(), in_parallel);
+}
+
+// Refuses rows that are not (n, width) of the logits' type, the elements of a row side by side.
+void check_rows(const Tensor& t, const char* name, const Tensor& logits, int64_t n) {
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 2 && t.size(0) == n && t.scalar_type() == logits.scalar_type() &&
+                      (t.stride(1) == 1 || t.size(1) <= 1) && (t.stride(0) >= t.size(1) || n <= 1),
+                  name, " must be (", n, ", D) on the CPU, of the logits' type, the elements of a row side by side");
+}
+
+// Lists of a chunk's rows, and dX (or nothing, where it has no rows) with its spread and norm.
+void sampled_rows_op(const Tensor logits, const std::optional<Tensor> bias, const Tensor picked_label,
+                     const Tensor picked_scores, const Tensor labels, const Tensor ce, const Tensor score,
+                     const Tensor score_target, const Tensor used, const Tensor ids, const Tensor values,
+                     const Tensor nll, const Tensor lse, const Tensor expected, const Tensor mass, const Tensor probs,
+                     double softcap, double logit_scale, bool vocab, const Tensor x, const Tensor weight,
+                     const Tensor starts, const Tensor reference, double eps, const Tensor columns,
+                     const Tensor entries, const Tensor counts, const Tensor dx, const Tensor spread,
+                     const Tensor norm) {
+  using torch::headeronly::ScalarType;
+  const RowPass p = row_pass_of(logits, bias, picked_label, picked_scores, labels, ce, score, score_target, used, ids,
+                                values, nll, lse, expected, mass, probs, softcap, logit_scale, vocab);
+  const int64_t n = logits.size(0), most = columns.numel() / std::max<int64_t>(n, 1);
+  check_rows(x, "x", logits, n);
+  check_rows(weight, "weight", logits, p.n_vocab);
+  STD_TORCH_CHECK(x.size(1) == weight.size(1), "x and weight must be of one width");
+  check(starts, "starts", ScalarType::Long, n);
+  check(reference, "reference", ScalarType::Float, 1);
+  check(columns, "columns", ScalarType::Int, n * most);
+  check(entries, "entries", ScalarType::Float, n * most);
+  check(counts, "counts", ScalarType::Int, n);
+  STD_TORCH_CHECK(eps > 0 && (most > p.n_vocab || static_cast<double>(most) >= p.n_tokens + EXTRA + OVER / eps),
+                  "lists of ", most, " entries are too short");
+  check_range(starts, "starts", 0, int64_t{1} << 31);
+  const bool wanted = dx.numel() > 0;
+  if (wanted) {
+    check(dx, "dx", logits.scalar_type(), n * x.size(1));
+    check(spread, "spread", ScalarType::Float, n);
+    check(norm, "norm", ScalarType::Float, n);
+  }
+  const Lists lists{pointer<int32_t>(columns), pointer<int32_t>(counts), pointer<float>(entries), most,
+                    pointer<int64_t>(starts), eps, double{*pointer<float>(reference)}};
+  const Operands operands{x.data_ptr(), weight.data_ptr(), x.size(1), x.stride(0), weight.stride(0),
+                          wanted ? dx.data_ptr() : nullptr, pointer<float>(spread), pointer<float>(norm)};
+  const Variant& variant = chosen();
+  const Type type = type_of(logits);
+  in_parallel(n, [&](int64_t begin, int64_t end) { sampled_rows(p, lists, operands, variant, type, begin, end); });
+}
+
+// dW and db (or nothing, where they are empty) of lists, times `scale`.
+void sampled_weight_op(const Tensor columns, const Tensor entries, const Tensor counts, const Tensor x,
+                       const Tensor scale, const Tensor dw, const Tensor db, int64_t n_vocab) {
+  using torch::headeronly::ScalarType;
+  const int64_t n = counts.numel(), most = columns.numel() / std::max<int64_t>(n, 1), width = x.size(1);
+  check(columns, "columns", ScalarType::Int, n * most);
+  check(entries, "entries", ScalarType::Float, n * most);
+  check(counts, "counts", ScalarType::Int, n);
+  check(scale, "scale", ScalarType::Float, 1);
+  check_rows(x, "x", x, n);
+  if (dw.numel() > 0) check(dw, "dw", x.scalar_type(), n_vocab * width);
+  if (db.numel() > 0) check(db, "db", x.scalar_type(), n_vocab);
+  for (int64_t row = 0; row < n; ++row) {
+    const int64_t count = pointer<int32_t>(counts)[row];
+    STD_TORCH_CHECK(count >= 0 && count <= most, "counts holds ", count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t column = pointer<int32_t>(columns)[row * most + i];
+      STD_TORCH_CHECK(column >= 0 && column < n_vocab, "columns holds ", column);
+    }
+  }
+  const Transposed t = transpose(pointer<int32_t>(columns), pointer<int32_t>(counts), pointer<float>(entries), n, most,
+                                 n_vocab);
+  const Variant& variant = chosen();
+  const Type type = type_of(x);
+  // parts of about as many entries and columns each: frequent columns lie together
+  const int64_t parts = std::min<int64_t>(n_vocab, 16 * torch::stable::get_num_threads());
+  const int64_t work = t.first[n_vocab] + n_vocab;
+  const auto at = [&](int64_t part) {
+    const auto before = [&](int64_t column) { return t.first[column] + column < work * part / parts; };
+    int64_t low = 0, high = n_vocab;
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (before(middle)) low = middle + 1; else high = middle;
+    }
+    return low;
+  };
+  in_parallel(parts, [&](int64_t first, int64_t last) {
+    sampled_weight(t, x.data_ptr(), x.stride(0), width, *pointer<float>(scale),
+                   dw.numel() > 0 ? dw.data_ptr() : nullptr, db.numel() > 0 ? db.data_ptr() : nullptr, at(first),
+                   last == parts ? n_vocab : at(last), variant, type);
+  });
 }
 
 // total += part, in float32.
@@ -148,7 +250,7 @@ Tensor scratch_op(const Tensor like, int64_t rows, int64_t columns) {
 std::string variant_op() { return chosen().name; }
 
 // Raised whenever the operators change; tract_fast/loss/native.py expects the same number.
-int64_t abi_op() { return 1; }
+int64_t abi_op() { return 2; }
 
 }  // namespace
 }  // namespace tract_fast
@@ -159,6 +261,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
       "Tensor score, Tensor score_target, Tensor used, Tensor ids, Tensor values, Tensor(b!) nll, Tensor(c!) lse, "
       "Tensor(d!) expected, Tensor(e!) mass, Tensor(f!) probs, float softcap, float logit_scale, bool vocab, "
       "bool gradient) -> ()");
+  m.def(
+      "sampled_rows(Tensor(a!) logits, Tensor? bias, Tensor picked_label, Tensor picked_scores, Tensor labels, "
+      "Tensor ce, Tensor score, Tensor score_target, Tensor used, Tensor ids, Tensor values, Tensor(b!) nll, "
+      "Tensor(c!) lse, Tensor(d!) expected, Tensor(e!) mass, Tensor(f!) probs, float softcap, float logit_scale, "
+      "bool vocab, Tensor x, Tensor weight, Tensor starts, Tensor reference, float eps, Tensor(g!) columns, "
+      "Tensor(h!) entries, Tensor(i!) counts, Tensor(j!) dx, Tensor(k!) spread, Tensor(l!) norm) -> ()");
+  m.def(
+      "sampled_weight(Tensor columns, Tensor entries, Tensor counts, Tensor x, Tensor scale, Tensor(a!) dw, "
+      "Tensor(b!) db, int n_vocab) -> ()");
   m.def("add(Tensor(a!) total, Tensor part) -> ()");
   m.def("advise(Tensor(a!) buffer) -> ()");
   m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
@@ -168,6 +279,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tract_fast, CompositeExplicitAutograd, m) {
   m.impl("row_pass", TORCH_BOX(&tract_fast::row_pass_op));
+  m.impl("sampled_rows", TORCH_BOX(&tract_fast::sampled_rows_op));
+  m.impl("sampled_weight", TORCH_BOX(&tract_fast::sampled_weight_op));
   m.impl("add", TORCH_BOX(&tract_fast::add_op));
   m.impl("advise", TORCH_BOX(&tract_fast::advise_op));
   m.impl("scratch", TORCH_BOX(&tract_fast::scratch_op));

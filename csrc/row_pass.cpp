@@ -11,7 +11,10 @@ namespace tract_fast {
 #define TRACT_FAST_DECLARE(variant) \
   namespace variant {               \
   extern const Kernels float32_kernels, bfloat16_kernels; \
+  extern const SampledKernels sampled_float32, sampled_bfloat16; \
   }
+#define TRACT_FAST_KERNELS(variant) \
+  variant::float32_kernels, variant::bfloat16_kernels, variant::sampled_float32, variant::sampled_bfloat16
 TRACT_FAST_DECLARE(portable)
 #ifdef TRACT_FAST_X86
 TRACT_FAST_DECLARE(avx2)
@@ -26,11 +29,10 @@ const std::vector<Variant>& variants() {
          return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
        },
-       avx512::float32_kernels, avx512::bfloat16_kernels},
-      {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, avx2::float32_kernels,
-       avx2::bfloat16_kernels},
+       TRACT_FAST_KERNELS(avx512)},
+      {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, TRACT_FAST_KERNELS(avx2)},
 #endif
-      {"portable", [] { return true; }, portable::float32_kernels, portable::bfloat16_kernels},
+      {"portable", [] { return true; }, TRACT_FAST_KERNELS(portable)},
   };
   return all;
 }
@@ -46,13 +48,6 @@ Sums merge(Sums a, Sums b) {
   return {top, a.others * std::exp(double{a.top} - top) + b.others * std::exp(double{b.top} - top)};
 }
 
-namespace {
-
-struct Capped {
-  double z, slope;
-};
-
-// A picked logit after bias, scale and cap, and its derivative.
 Capped transform(const RowPass& p, const Kernels& k, float raw, int64_t column) {
   double z = raw;
   if (p.bias != nullptr) z += k.bias_at(p.bias, column);
@@ -61,8 +56,6 @@ Capped transform(const RowPass& p, const Kernels& k, float raw, int64_t column) 
   const double e = std::exp(-2.0 * std::fabs(z) / p.softcap);
   return {std::tanh(z / p.softcap) * p.softcap, p.logit_scale * 4.0 * e / ((1.0 + e) * (1.0 + e))};
 }
-
-}  // namespace
 
 Coefficients finish(const RowPass& p, const Kernels& k, Sums sums, int64_t row, float* scores) {
   const int64_t label = p.labels[row], tokens = p.n_tokens;
@@ -108,7 +101,8 @@ Coefficients finish(const RowPass& p, const Kernels& k, Sums sums, int64_t row, 
   }
   const double kappa = p.vocab ? ce - g * expected : ce;
   const double at = p.vocab ? label_ce - g * expected * e_label / total : label_ce;
-  return {sums.top, static_cast<float>(kappa * e_top / total), static_cast<float>(at * at_label.slope)};
+  return {sums.top, static_cast<float>(kappa * e_top / total), static_cast<float>(at * at_label.slope), kappa,
+          sums.others * e_top / total, highest + std::log(total)};
 }
 
 }  // namespace tract_fast

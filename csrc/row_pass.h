@@ -48,6 +48,11 @@ struct Sums {
 struct Coefficients {
   float top, factor;  // dZ is factor * exp(z - top) * slope
   float label;        // dZ at the label
+  double kappa, others, lse;  // factor is kappa exp(top - lse); probability of all but label and score tokens
+};
+
+struct Capped {
+  double z, slope;
 };
 
 enum class Type { float32, bfloat16 };
@@ -62,11 +67,15 @@ struct Kernels {
   void (*add)(float* total, const void* part, int64_t n);  // total += part
 };
 
+struct SampledKernels;  // sampled.h
+
 struct Variant {
   const char* name;
   bool (*runs_here)();
-  Kernels float32, bfloat16;
+  const Kernels &float32, &bfloat16;
+  const SampledKernels &sampled_float32, &sampled_bfloat16;
   const Kernels& of(Type type) const { return type == Type::float32 ? float32 : bfloat16; }
+  const SampledKernels& sampled(Type type) const { return type == Type::float32 ? sampled_float32 : sampled_bfloat16; }
 };
 
 // All that were compiled in, the fastest first.
@@ -74,6 +83,9 @@ const std::vector<Variant>& variants();
 
 // The first that runs on this processor, or the one of this name; null where there is none.
 const Variant* find_variant(const char* name = nullptr);
+
+// A raw logit after bias, scale and cap, and its derivative.
+Capped transform(const RowPass& p, const Kernels& k, float raw, int64_t column);
 
 // Statistics of a row; returns what pass 2 needs and, in `scores` (n_tokens), dZ at the score tokens.
 Coefficients finish(const RowPass& p, const Kernels& k, Sums sums, int64_t row, float* scores);

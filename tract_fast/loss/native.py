@@ -18,7 +18,7 @@ from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 REFUSED = "must be portable, or avx2 or avx512 where this processor has them; unset it for the best"
-ABI = 1  # of the operators in csrc/ops.cpp
+ABI = 2  # of the operators in csrc/ops.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -71,6 +71,25 @@ def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a
         a.score_token_ids, a.score_values, *stats,
         a.softcap or 0.0, a.logit_scale, a.vocab, gradient,
     )  # fmt: skip
+
+
+def sampled_rows(
+    logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, x: Tensor, begins: Tensor,
+    reference: Tensor, eps: float, lists: tuple[Tensor, ...], dx: Tensor, spread: Tensor, norm: Tensor,
+) -> None:  # fmt: skip
+    """``sampled.sampled_rows`` in C++; only where ``runs`` says so."""
+    torch.ops.tract_fast.sampled_rows(
+        logits, a.bias, *picked,
+        terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
+        a.score_token_ids, a.score_values, *stats,
+        a.softcap or 0.0, a.logit_scale, a.vocab,
+        x, a.weight, begins, reference, eps, *lists, dx, spread, norm,
+    )  # fmt: skip
+
+
+def sampled_weight(lists: tuple[Tensor, ...], x: Tensor, scale: Tensor, dw: Tensor, db: Tensor, n_vocab: int) -> None:
+    """``sampled.sampled_weight`` in C++; only where ``runs`` says so."""
+    torch.ops.tract_fast.sampled_weight(*lists, x, scale, dw, db, n_vocab)
 
 
 def add(total: Tensor, part: Tensor) -> None:

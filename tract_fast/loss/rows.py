@@ -105,9 +105,7 @@ def rows(
     column = terms.labels.clamp(min=0)[:, None]  # (n, 1); rows without a label get back what stood there
     z.scatter_(1, column, z.gather(1, column).masked_fill(has_label, float("-inf")))
     z[:, a.score_token_ids] = float("-inf")
-    top = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
-    others = z.sub_(top[:, None]).exp_().sum(1)
-    at = finish(top, others, picked, terms, stats, a)
+    at = sums(z, picked, terms, stats, a)
     if not gradient:
         return None
     dz = z.mul_(at.factor[:, None])
@@ -115,6 +113,14 @@ def rows(
     dz.scatter_(1, column, torch.where(has_label, (at.label * slopes.label)[:, None], dz.gather(1, column)))
     dz[:, a.score_token_ids] = at.scores * slopes.scores
     return dz
+
+
+def sums(z: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments) -> Coefficients:
+    """``finish`` after the sums over capped logits ``z`` (n, V), -inf at label and score tokens: it is overwritten with
+    ``exp(z - top)``."""
+    top = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
+    others = z.sub_(top[:, None]).exp_().sum(1)
+    return finish(top, others, picked, terms, stats, a)
 
 
 class Coefficients(NamedTuple):
@@ -126,6 +132,10 @@ class Coefficients(NamedTuple):
     """(n,)"""
     scores: Tensor
     """(n, K); right also where a score token is the label"""
+    kappa: Tensor
+    """(n,): dZ of all other columns is ``kappa`` times their probability"""
+    others: Tensor
+    """(n,): that of all other columns together"""
 
 
 def finish(top: Tensor, others: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments) -> Coefficients:
@@ -156,4 +166,4 @@ def finish(top: Tensor, others: Tensor, picked: Picked, terms: RowTerms, stats: 
     scores += g[:, None] * q * (a.score_values - expected[:, None])
     if a.vocab:
         kappa, label = kappa - g * expected, label - g * expected * e_label / total
-    return Coefficients(kappa * torch.exp(top - highest) / total, label, scores)
+    return Coefficients(kappa * torch.exp(top - highest) / total, label, scores, kappa, e_others / total)

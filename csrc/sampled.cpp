@@ -1,0 +1,131 @@
+// The parts of sampled.h that no instruction set changes.
+
+#include "sampled.h"
+
+#include <cmath>
+
+namespace tract_fast {
+namespace {
+
+int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+const void* row_at(const void* rows, int64_t index, int64_t stride, Type type) {
+  return static_cast<const char*>(rows) + index * stride * size_of(type);
+}
+
+// A row's columns and their ratios, label and score tokens apart; returns how many.
+int64_t draw_row(const RowPass& p, const Lists& lists, const Coefficients& c, const SampledKernels& s, int64_t row) {
+  const double kappa = std::fabs(c.kappa);
+  if (!(kappa > 0.0 && c.others > 0.0 && std::isfinite(kappa) && std::isfinite(c.lse))) return 0;
+  const int64_t room = lists.most - p.n_tokens - 1;  // the label's is the 1
+  double e = lists.eps * std::min(1.0, lists.reference / kappa);
+  if (lists.most <= p.n_vocab) e = std::max(e, OVER * c.others / static_cast<double>(room - (EXTRA - 1)));
+  const double shift = c.lse + std::log(e);
+  const auto start = static_cast<uint32_t>(lists.starts[row]);
+  int32_t* columns = lists.columns + row * lists.most;
+  float* ratios = lists.values + row * lists.most;
+  // more than fit only where logits of a size that float32 does not resolve make the bound's rounding a lie
+  for (int doublings = 0;; ++doublings) {
+    const double rounded = std::round((shift + doublings * std::log(2.0)) * STEPS) / STEPS;
+    const int64_t count = s.draw(p, static_cast<float>(rounded), start, row, columns, ratios, room);
+    if (count >= 0) return count;
+  }
+}
+
+// Turns the ratios of a row into values, with dX and its spread where they are asked for.
+void settle_row(const RowPass& p, const Lists& lists, const Operands& o, const Coefficients& c, const Kernels& k,
+                const SampledKernels& s, Type type, int64_t row, int64_t count, std::vector<float>& total) {
+  const int32_t* columns = lists.columns + row * lists.most;
+  float* values = lists.values + row * lists.most;
+  const void* x = row_at(o.x, row, o.x_stride, type);
+  double spread = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t column = columns[i];
+    const void* w = row_at(o.weight, column, o.w_stride, type);
+    const float raw = type == Type::float32 ? s.logit_at(p, row, column) : s.dot(x, w, o.width);
+    const Capped at = transform(p, k, raw, column);
+    const double ratio = values[i];
+    values[i] = static_cast<float>(c.kappa * std::exp(at.z - c.lse) * at.slope * ratio);
+    if (o.dx == nullptr) continue;
+    s.axpy(total.data(), values[i], w, o.width);
+    if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * s.dot(w, w, o.width);
+  }
+  if (o.dx != nullptr) o.spread[row] = static_cast<float>(spread);
+}
+
+}  // namespace
+
+void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const Variant& variant, Type type,
+                  int64_t begin, int64_t end) {
+  const Kernels& k = variant.of(type);
+  const SampledKernels& s = variant.sampled(type);
+  std::vector<float> scores(p.n_tokens), total(o.dx == nullptr ? 0 : o.width);
+  for (int64_t row = begin; row < end; ++row) {
+    k.take_out(p, row);
+    const Coefficients c = finish(p, k, k.sums(p, row, 0, p.n_vocab), row, scores.data());
+    std::fill(total.begin(), total.end(), 0.0f);
+    int64_t count = p.used[row] ? draw_row(p, lists, c, s, row) : 0;
+    settle_row(p, lists, o, c, k, s, type, row, count, total);
+    if (p.used[row]) {
+      int32_t* columns = lists.columns + row * lists.most;
+      float* values = lists.values + row * lists.most;
+      const int64_t drawn = count;
+      bool is_token = false;
+      for (int64_t i = 0; i < p.n_tokens; ++i) {
+        is_token |= p.ids[i] == p.labels[row];
+        columns[count] = static_cast<int32_t>(p.ids[i]);
+        values[count++] = scores[i];
+      }
+      if (p.labels[row] >= 0 && !is_token) {
+        columns[count] = static_cast<int32_t>(p.labels[row]);
+        values[count++] = c.label;
+      }
+      for (int64_t i = drawn; i < count && o.dx != nullptr; ++i)
+        s.axpy(total.data(), values[i], row_at(o.weight, columns[i], o.w_stride, type), o.width);
+    }
+    lists.counts[row] = static_cast<int32_t>(count);
+    if (o.dx == nullptr) continue;
+    double norm = 0.0;
+    for (const float v : total) norm += double{v} * v;
+    o.norm[row] = static_cast<float>(norm);
+    s.store(total.data(), const_cast<void*>(row_at(o.dx, row, o.width, type)), o.width);
+  }
+}
+
+Transposed transpose(const int32_t* columns, const int32_t* counts, const float* values, int64_t n, int64_t most,
+                     int64_t n_vocab) {
+  Transposed t;
+  t.first.assign(n_vocab + 1, 0);
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t i = 0; i < counts[row]; ++i) ++t.first[columns[row * most + i] + 1];
+  for (int64_t column = 0; column < n_vocab; ++column) t.first[column + 1] += t.first[column];
+  t.rows.resize(t.first[n_vocab]);
+  t.values.resize(t.first[n_vocab]);
+  std::vector<int64_t> next(t.first.begin(), t.first.end() - 1);
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t i = 0; i < counts[row]; ++i) {
+      const int64_t place = next[columns[row * most + i]]++;
+      t.rows[place] = static_cast<int32_t>(row);
+      t.values[place] = values[row * most + i];
+    }
+  return t;
+}
+
+void sampled_weight(const Transposed& t, const void* x, int64_t x_stride, int64_t width, float scale, void* dw,
+                    void* db, int64_t begin, int64_t end, const Variant& variant, Type type) {
+  const SampledKernels& s = variant.sampled(type);
+  std::vector<float> total(width);
+  for (int64_t column = begin; column < end; ++column) {
+    std::fill(total.begin(), total.end(), 0.0f);
+    float sum = 0.0f;
+    for (int64_t i = t.first[column]; i < t.first[column + 1]; ++i) {
+      sum += t.values[i];
+      if (dw != nullptr) s.axpy(total.data(), t.values[i] * scale, row_at(x, t.rows[i], x_stride, type), width);
+    }
+    if (dw != nullptr) s.store(total.data(), const_cast<void*>(row_at(dw, column, width, type)), width);
+    sum *= scale;
+    if (db != nullptr) s.store(&sum, const_cast<void*>(row_at(db, column, 1, type)), 1);
+  }
+}
+
+}  // namespace tract_fast

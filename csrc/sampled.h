@@ -1,0 +1,76 @@
+// The sampled gradient on the CPU: a chunk of logits -> a short list of (column, value) per row, whose expectation is the
+// gradient with respect to the logits; and the products of such lists with W and X.
+//
+// Algorithm. Let p_j be a row's probabilities and e its threshold. Columns with p_j >= e are listed. Of the others, column
+// j is listed with probability f_j / 2^31, where f_j is p_j / e in fixed point, made of z_j by three float operations and
+// an integer addition, none of which can be fused or reordered: it exceeds p_j / e by up to 6.2%, and every processor and
+// block length gives the same. Systematic sampling: a running sum starts at a number drawn for the row, and j is listed where
+// adding f_j takes it past a multiple of 2^31. A listed column has the value kappa p_j (2^31 / f_j), with the p_j of its
+// exact logit: expectation kappa p_j, whatever f_j is, rounding included. Label and score tokens are always listed,
+// exactly. Derivation and measurements: docs/sampled-gradient.md.
+//
+// The list of a row has at most K + 3 + 1.07 m / e entries (m: the probability of all other columns): the threshold is
+// raised where that would not fit, so that nothing is ever cut.
+//
+// Numerics: as row_pass.h; a listed value in float64, its logit in float32 (of 16-bit logits computed again from X and W),
+// products summed in float32. Same bits for every number of threads.
+//
+// Cost beside the logits' GEMM: 2 reads of the logits; per entry 2 D FLOP and a row of W for dX (4 D with 16-bit logits),
+// 2 D FLOP for dW, whose every element is written once.
+#pragma once
+
+#include "row_pass.h"
+
+namespace tract_fast {
+
+constexpr int EXTRA = 3;          // entries of a list beside K and 1.07 m / e
+constexpr double OVER = 1.07;     // bound of f_j e / p_j / 2^31, the rounding of the threshold included
+constexpr uint32_t KEPT = ~0u;    // a column that is listed for certain
+constexpr int STEPS = 256;        // a row's threshold is rounded to 1 / STEPS in its logarithm
+
+struct Lists {
+  int32_t *columns, *counts;  // (n, most), (n)
+  float* values;              // (n, most)
+  int64_t most;  // above n_vocab, or at least K + EXTRA + OVER / eps
+  const int64_t* starts;  // (n): the row's number in [0, 2^31)
+  double eps, reference;  // e = eps min(1, reference / |kappa|)
+};
+
+// What the products read: X (n, width) and W (n_vocab, width) of the logits' type, W's rows `stride` elements apart.
+struct Operands {
+  const void *x, *weight;
+  int64_t width, x_stride, w_stride;
+  void* dx;               // (n, width), or null; and with it, of each row of dX,
+  float *spread, *norm;   // (n): an unbiased estimate of the variance of its draw, its squared norm
+};
+
+// Kernels of one instruction set and type of logits.
+struct SampledKernels {
+  // Columns listed and their 2^31 / f_j (1 where certain); returns how many, -1 for more than `most`. Label and score
+  // tokens must be taken out.
+  int64_t (*draw)(const RowPass&, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios,
+                  int64_t most);
+  float (*dot)(const void* a, const void* b, int64_t n);
+  void (*axpy)(float* total, float factor, const void* row, int64_t n);  // total += factor * row
+  void (*store)(const float* from, void* to, int64_t n);
+  float (*logit_at)(const RowPass&, int64_t row, int64_t column);  // raw
+};
+
+// Statistics, lists and dX of rows [begin, end).
+void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const Variant& variant, Type type,
+                  int64_t begin, int64_t end);
+
+// The entries of all rows by column, and within it by row; `first` (n_vocab + 1): where each column begins.
+struct Transposed {
+  std::vector<int64_t> first;
+  std::vector<int32_t> rows;
+  std::vector<float> values;
+};
+Transposed transpose(const int32_t* columns, const int32_t* counts, const float* values, int64_t n, int64_t most,
+                     int64_t n_vocab);
+
+// dW (n_vocab, width) and db (n_vocab, or null) for columns [begin, end), times `scale`.
+void sampled_weight(const Transposed& t, const void* x, int64_t x_stride, int64_t width, float scale, void* dw,
+                    void* db, int64_t begin, int64_t end, const Variant& variant, Type type);
+
+}  // namespace tract_fast

@@ -1,0 +1,103 @@
+// The kernels of sampled.h, for the instruction set that this is compiled for: included after row_pass_kernels.h.
+
+#include "sampled.h"
+
+namespace tract_fast::TRACT_FAST_VARIANT {
+namespace {
+
+constexpr int64_t GROUP = 64;          // columns that are skipped at once where nothing is listed
+constexpr uint32_t FEW = 1u << 25;     // f_j below it in a whole group cannot overflow its sum
+constexpr float LOWEST = -21.487562f;  // -31 ln 2: f_j is 1 there and below
+constexpr float PER_NAT = 12102203.0f;  // 2^23 / ln 2
+
+// f_j for z - shift = a: 2^31 e^a, a power of two interpolated linearly, so at least e^a and at most 6.2% more; KEPT from
+// 0 on. Multiplying and truncating are one rounding each and the rest is integers: no compiler has a choice.
+inline uint32_t proposal(float a) {
+  const float bounded = a < LOWEST ? LOWEST : a;
+  int32_t steps = static_cast<int32_t>((bounded < 0.0f ? bounded : -0.0f) * PER_NAT);
+  steps = steps < -1 ? steps : -1;  // 2^31 itself does not fit
+  const float f = __builtin_bit_cast(float, steps + (158 << 23));
+  const uint32_t whole = static_cast<uint32_t>(static_cast<int32_t>(f));
+  return a < 0.0f ? whole : KEPT;
+}
+
+// Lists columns from `columns[count]` on; returns how many there are then, or -1 where they are more than `most`.
+template <class T>
+int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios, int64_t most) {
+  alignas(64) float z[BLOCK];
+  alignas(64) uint32_t f[BLOCK];
+  const T* logits = row_of<T>(p, row);
+  uint32_t sum = start;
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < p.n_vocab; begin += BLOCK) {
+    const int64_t n = p.n_vocab - begin < BLOCK ? p.n_vocab - begin : BLOCK;
+    transform(p, logits + begin, begin, n, z, nullptr);
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) f[i] = proposal(z[i] - shift);
+    for (int64_t group = 0; group < n; group += GROUP) {
+      const int64_t end = n - group < GROUP ? n : group + GROUP;
+      uint32_t any = 0, total = 0;
+#pragma omp simd reduction(| : any) reduction(+ : total)
+      for (int64_t i = group; i < end; ++i) {
+        any |= f[i];
+        total += f[i];
+      }
+      if (any < FEW && ((sum ^ (sum + total)) >> 31) == 0) {
+        sum += total;
+        continue;
+      }
+      for (int64_t i = group; i < end; ++i) {
+        const bool kept = f[i] == KEPT;
+        const uint32_t next = kept ? sum : sum + f[i];
+        const bool crossed = ((sum ^ next) >> 31) != 0;
+        sum = next;
+        if (!(kept || crossed) || is_out(logits[begin + i])) continue;
+        if (count == most) return -1;
+        columns[count] = static_cast<int32_t>(begin + i);
+        ratios[count++] = kept ? 1.0f : 2147483648.0f / static_cast<float>(f[i]);
+      }
+    }
+  }
+  return count;
+}
+
+template <class T>
+float dot(const void* a, const void* b, int64_t n) {
+  const T *x = static_cast<const T*>(a), *y = static_cast<const T*>(b);
+  float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += widen(x[i]) * widen(y[i]);
+  return sum;
+}
+
+template <class T>
+void axpy(float* total, float factor, const void* row, int64_t n) {
+  const T* x = static_cast<const T*>(row);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) total[i] += factor * widen(x[i]);
+}
+
+template <class T>
+void store(const float* from, void* to, int64_t n) {
+  T* out = static_cast<T*>(to);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(from[i]);
+}
+
+template <class T>
+float logit_at(const RowPass& p, int64_t row, int64_t column) {
+  return widen(row_of<T>(p, row)[column]);
+}
+
+template <class T>
+constexpr SampledKernels sampled_kernels_of() {
+  return {draw<T>, dot<T>, axpy<T>, store<T>, logit_at<T>};
+}
+
+}  // namespace
+
+extern const SampledKernels sampled_float32, sampled_bfloat16;
+const SampledKernels sampled_float32 = sampled_kernels_of<float>();
+const SampledKernels sampled_bfloat16 = sampled_kernels_of<bfloat16>();
+
+}  // namespace tract_fast::TRACT_FAST_VARIANT
