@@ -7,10 +7,18 @@
 namespace tract_fast {
 namespace {
 
+constexpr int64_t AHEAD = 4;  // rows of W that are on their way while one is used
+
 int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
 const void* row_at(const void* rows, int64_t index, int64_t stride, Type type) {
   return static_cast<const char*>(rows) + index * stride * size_of(type);
+}
+
+// Listed rows of W lie anywhere in it: without asking for them ahead, each would be waited for.
+void prefetch_row(const Operands& o, int64_t column, Type type) {
+  const char* row = static_cast<const char*>(row_at(o.weight, column, o.w_stride, type));
+  for (int64_t byte = 0; byte < o.width * size_of(type); byte += 64) __builtin_prefetch(row + byte);
 }
 
 // A row's columns and their ratios, label and score tokens apart; returns how many.
@@ -38,17 +46,21 @@ void settle_row(const RowPass& p, const Lists& lists, const Operands& o, const C
   const int32_t* columns = lists.columns + row * lists.most;
   float* values = lists.values + row * lists.most;
   const void* x = row_at(o.x, row, o.x_stride, type);
+  const bool reads_w = o.dx != nullptr || type != Type::float32;
   double spread = 0.0;
+  for (int64_t i = 0; i < std::min(AHEAD, count) && reads_w; ++i) prefetch_row(o, columns[i], type);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t column = columns[i];
     const void* w = row_at(o.weight, column, o.w_stride, type);
-    const float raw = type == Type::float32 ? s.logit_at(p, row, column) : s.dot(x, w, o.width);
+    if (i + AHEAD < count && reads_w) prefetch_row(o, columns[i + AHEAD], type);
+    const Products at_w = reads_w ? s.products(x, w, o.width) : Products{};
+    const float raw = type == Type::float32 ? s.logit_at(p, row, column) : at_w.xw;
     const Capped at = transform(p, k, raw, column);
     const double ratio = values[i];
     values[i] = static_cast<float>(c.kappa * std::exp(at.z - c.lse) * at.slope * ratio);
     if (o.dx == nullptr) continue;
     s.axpy(total.data(), values[i], w, o.width);
-    if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * s.dot(w, w, o.width);
+    if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * at_w.ww;
   }
   if (o.dx != nullptr) o.spread[row] = static_cast<float>(spread);
 }

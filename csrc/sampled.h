@@ -44,13 +44,17 @@ struct Operands {
   float *spread, *norm;   // (n): an unbiased estimate of the variance of its draw, its squared norm
 };
 
+struct Products {
+  float xw, ww;  // x . w, w . w
+};
+
 // Kernels of one instruction set and type of logits.
 struct SampledKernels {
   // Columns listed and their 2^31 / f_j (1 where certain); returns how many, -1 for more than `most`. Label and score
   // tokens must be taken out.
   int64_t (*draw)(const RowPass&, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios,
                   int64_t most);
-  float (*dot)(const void* a, const void* b, int64_t n);
+  Products (*products)(const void* x, const void* w, int64_t n);
   void (*axpy)(float* total, float factor, const void* row, int64_t n);  // total += factor * row
   void (*store)(const float* from, void* to, int64_t n);
   float (*logit_at)(const RowPass&, int64_t row, int64_t column);  // raw

@@ -24,50 +24,63 @@ inline uint32_t proposal(float a) {
 // Lists columns from `columns[count]` on; returns how many there are then, or -1 where they are more than `most`.
 template <class T>
 int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios, int64_t most) {
-  alignas(64) float z[BLOCK];
-  alignas(64) uint32_t f[BLOCK];
+  alignas(64) float z[GROUP];
+  alignas(64) uint32_t f[GROUP];
   const T* logits = row_of<T>(p, row);
+  const bool plain = p.bias == nullptr && p.logit_scale == 1.0f && p.softcap == 0.0f;
   uint32_t sum = start;
   int64_t count = 0;
-  for (int64_t begin = 0; begin < p.n_vocab; begin += BLOCK) {
-    const int64_t n = p.n_vocab - begin < BLOCK ? p.n_vocab - begin : BLOCK;
+  for (int64_t begin = 0; begin < p.n_vocab; begin += GROUP) {
+    const int64_t n = p.n_vocab - begin < GROUP ? p.n_vocab - begin : GROUP;
+    uint32_t any = 0, total = 0;
+    if (plain && n == GROUP) {  // in registers: most groups are read here and nowhere else
+#pragma omp simd reduction(| : any) reduction(+ : total)
+      for (int64_t i = 0; i < GROUP; ++i) {
+        const T raw = logits[begin + i];
+        const uint32_t one = proposal((is_out(raw) ? NOTHING : widen(raw)) - shift);
+        any |= one;
+        total += one;
+      }
+    } else {
+      transform(p, logits + begin, begin, n, z, nullptr);
+#pragma omp simd reduction(| : any) reduction(+ : total)
+      for (int64_t i = 0; i < n; ++i) {
+        const uint32_t one = proposal(z[i] - shift);
+        any |= one;
+        total += one;
+      }
+    }
+    if (any < FEW && ((sum ^ (sum + total)) >> 31) == 0) {
+      sum += total;
+      continue;
+    }
     transform(p, logits + begin, begin, n, z, nullptr);
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) f[i] = proposal(z[i] - shift);
-    for (int64_t group = 0; group < n; group += GROUP) {
-      const int64_t end = n - group < GROUP ? n : group + GROUP;
-      uint32_t any = 0, total = 0;
-#pragma omp simd reduction(| : any) reduction(+ : total)
-      for (int64_t i = group; i < end; ++i) {
-        any |= f[i];
-        total += f[i];
-      }
-      if (any < FEW && ((sum ^ (sum + total)) >> 31) == 0) {
-        sum += total;
-        continue;
-      }
-      for (int64_t i = group; i < end; ++i) {
-        const bool kept = f[i] == KEPT;
-        const uint32_t next = kept ? sum : sum + f[i];
-        const bool crossed = ((sum ^ next) >> 31) != 0;
-        sum = next;
-        if (!(kept || crossed) || is_out(logits[begin + i])) continue;
-        if (count == most) return -1;
-        columns[count] = static_cast<int32_t>(begin + i);
-        ratios[count++] = kept ? 1.0f : 2147483648.0f / static_cast<float>(f[i]);
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      const bool kept = f[i] == KEPT;
+      const uint32_t next = kept ? sum : sum + f[i];
+      const bool crossed = ((sum ^ next) >> 31) != 0;
+      sum = next;
+      if (!(kept || crossed) || is_out(logits[begin + i])) continue;
+      if (count == most) return -1;
+      columns[count] = static_cast<int32_t>(begin + i);
+      ratios[count++] = kept ? 1.0f : 2147483648.0f / static_cast<float>(f[i]);
     }
   }
   return count;
 }
 
 template <class T>
-float dot(const void* a, const void* b, int64_t n) {
-  const T *x = static_cast<const T*>(a), *y = static_cast<const T*>(b);
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += widen(x[i]) * widen(y[i]);
-  return sum;
+Products products(const void* x_row, const void* w_row, int64_t n) {
+  const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(w_row);
+  float xw = 0.0f, ww = 0.0f;
+#pragma omp simd reduction(+ : xw, ww)
+  for (int64_t i = 0; i < n; ++i) {
+    xw += widen(x[i]) * widen(w[i]);
+    ww += widen(w[i]) * widen(w[i]);
+  }
+  return {xw, ww};
 }
 
 template <class T>
@@ -91,7 +104,7 @@ float logit_at(const RowPass& p, int64_t row, int64_t column) {
 
 template <class T>
 constexpr SampledKernels sampled_kernels_of() {
-  return {draw<T>, dot<T>, axpy<T>, store<T>, logit_at<T>};
+  return {draw<T>, products<T>, axpy<T>, store<T>, logit_at<T>};
 }
 
 }  // namespace
