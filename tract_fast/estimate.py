@@ -21,6 +21,7 @@ from tract_fast.data import batch as batches, prompt
 from tract_fast.data.prompt import Encoded
 from tract_fast.head import choose_loss
 from tract_fast.loss.plan import BLOCK_BUDGET, plan_chunks
+from tract_fast.loss.sampled import EPS, list_length
 from tract_fast.model import DTYPES, add_lora, choose_attention
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
@@ -111,7 +112,7 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
         "AdamW state (float32)": 2 * masters,
         f"activations of {step.max_tokens} tokens": activations,
         f"loss of {step.max_rows} rows ({implementation})": loss_memory(
-            implementation, lm.get_output_embeddings().weight, step.max_rows, device, width
+            implementation, lm.get_output_embeddings().weight, step.max_rows, device, width, lists_of(recipe, lm)
         ),
     }
     if device.type == "cpu":
@@ -122,19 +123,28 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
     return parts
 
 
-def loss_memory(implementation: str, weight: Tensor, rows: int, device: torch.device, logit_bytes: int) -> int:
-    """Bytes that the loss holds at its peak beside the gradients: logits, dX, and dW in float32 if it is summed."""
+def lists_of(recipe: Recipe, lm: nn.Module) -> int:
+    """Places of a row's list, where the gradient is sampled; 0 where it is exact."""
+    if recipe.loss.gradient == "exact":
+        return 0
+    return list_length(len(lm.get_output_embeddings().weight), len(recipe.score.labels), recipe.loss.eps or EPS)
+
+
+def loss_memory(
+    implementation: str, weight: Tensor, rows: int, device: torch.device, logit_bytes: int, lists: int = 0
+) -> int:
+    """Bytes that the loss holds at its peak beside the gradients: logits, dX, and dW in float32 if it is summed.
+    ``lists``: places of a row's list, of a sampled gradient."""
     n_vocab, hidden = weight.shape
     if implementation == "reference":
         return int(REFERENCE_LOGITS * 4 * rows * n_vocab)
     dx = rows * hidden * (4 + logit_bytes)
     if implementation == "fused":
         return dx + BLOCK_BUDGET + (rows * hidden * logit_bytes if weight.requires_grad else 0)
-    plan = plan_chunks(
-        rows, n_vocab, hidden, logit_bytes=logit_bytes, trained_weight=weight.requires_grad, device=device.type
-    )
-    summed = 4 * n_vocab * hidden if weight.requires_grad and not plan.defer else 0
-    return plan.rows * n_vocab * logit_bytes + dx + summed
+    trained = weight.requires_grad and not lists
+    plan = plan_chunks(rows, n_vocab, hidden, logit_bytes=logit_bytes, trained_weight=trained, device=device.type)
+    summed = 4 * n_vocab * hidden if trained and not plan.defer else 0
+    return plan.rows * n_vocab * logit_bytes + dx + summed + 8 * rows * lists
 
 
 def _meta_model(recipe: Recipe, config) -> nn.Module:

@@ -44,6 +44,7 @@ class TractHead(nn.Linear):
         logit_scale: float = 1.0,
         normalize: str = "scores",
         gradient: str = "exact",
+        eps: float | None = None,
         implementation: str = "auto",
     ):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
@@ -57,6 +58,7 @@ class TractHead(nn.Linear):
             "logit_scale": logit_scale,
             "normalize": normalize,
             "gradient": gradient,
+            "eps": eps,
             "implementation": implementation,
         }
 

@@ -282,6 +282,7 @@ def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.de
         logit_scale=logit_scale,
         normalize=loss.normalize,
         gradient=loss.gradient,
+        eps=loss.eps,
         implementation=loss.implementation,
     )
     lm.set_output_embeddings(head)

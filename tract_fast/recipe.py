@@ -158,8 +158,10 @@ class Loss:
     """Whether the cross-entropy includes the score token (the paper's equation does, the authors' code does not)."""
     ce_reduction: Literal["token", "sequence"] = "token"
     """Mean over all trained tokens of a batch (the authors' code), or over its sequences' means."""
-    gradient: Literal["exact"] = "exact"
-    """How the gradient through the vocabulary is computed."""
+    gradient: Literal["exact", "sampled"] = "exact"
+    """The gradient through the vocabulary: exact, or drawn at random around it (unbiased; cheaper on a CPU)."""
+    eps: float | None = None
+    """Of a sampled gradient: tokens of a probability below it are kept at random. null is 2^-10."""
     implementation: Literal["auto", "chunked", "fused", "reference"] = "auto"
     """chunked (logits a chunk at a time), fused (none at all; CUDA), reference (plain PyTorch), auto (says why)."""
 
@@ -169,6 +171,13 @@ class Loss:
         some = self.ce_weight > 0 or self.regression_weight > 0
         _require(some, "loss.ce_weight", self.ce_weight, "loss.regression_weight is 0 too: nothing would be learnt")
         _check_choices(self)
+        sampled = self.gradient == "sampled"
+        rule = "must be auto or chunked with loss.gradient: sampled"
+        _require(
+            not sampled or self.implementation in ("auto", "chunked"), "loss.implementation", self.implementation, rule
+        )
+        _require(sampled or self.eps is None, "loss.eps", self.eps, "must be null without loss.gradient: sampled")
+        _require(self.eps is None or 2.0**-20 <= self.eps <= 1, "loss.eps", self.eps, "must be from 1e-6 to 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,7 +245,7 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
     lr = optim.learning_rate(step, job.total, recipe.train)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
-    sums = torch.zeros(6, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(8, dtype=torch.float64, device=ranks.device)
     for chosen in micro_batches:
         batch = batches.collate([examples[i] for i in chosen], norm, score_ce=recipe.loss.score_ce).to(ranks.device)
         out = job.model(batch)
@@ -256,7 +256,7 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
     sums[-1] = float(stop.received is not None)
     shard.all_sum(sums)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
-    loss, nll, squared, absolute, mass, stopping, grad_norm = torch.cat(
+    loss, nll, squared, absolute, mass, entries, added, stopping, grad_norm = torch.cat(
         [sums, norm_of_gradient.double()[None]]
     ).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -266,6 +266,8 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
     job.optimizer.step()
     job.optimizer.zero_grad()
     ce_tokens = sum(batches.ce_tokens(e, recipe.loss.score_ce) for e in examples)
+    rows = sum(len(e.ids) - e.prompt_len for e in examples)
+    sampled = {"entries": entries / rows, "added_variance": added / rows} if recipe.loss.gradient == "sampled" else {}
     return {
         "step": step + 1,
         "loss": loss,
@@ -276,7 +278,8 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
         "lr": lr,
         "grad_norm": grad_norm,
         "tokens": sum(len(e.ids) for e in examples),
-        "rows": sum(len(e.ids) - e.prompt_len for e in examples),
+        "rows": rows,
+        **sampled,
         "seconds": time.perf_counter() - started,
         "stop": EXIT_CODES[stop.received or signal.SIGTERM] if stopping else 0,  # any rank's signal stops all
     }
@@ -305,10 +308,13 @@ def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batc
 
 
 def tally(out: TractLoss, batch: batches.Batch) -> Tensor:
-    """(6,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, a free place."""
+    """(8,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, entries of a sampled
+    gradient, its added variance times the rows, a free place."""
     error = out.expected_score - batch.score_targets
+    none = error.new_zeros(())
     parts = [out.loss.detach(), out.nll.sum(), error.square().sum(), error.abs().sum(), out.score_mass.sum()]
-    return torch.stack([p.double() for p in parts] + [torch.zeros((), dtype=torch.float64, device=error.device)])
+    parts += [none, none] if out.entries is None else [out.entries.sum(), out.added_variance * len(out.nll)]
+    return torch.stack([p.double() for p in (*parts, none)])
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -92,7 +92,7 @@ def assert_as_exact_as_eager(
     out, grads = gradients(on_device(tensors(p, dtype)) | options, upstream, implementation)
     grads = {name: grad for name, grad in grads.items() if grad is not None}
     if dtype != torch.float32 and np.abs(p["weight"]).max(initial=0.0) > 100:
-        assert all(x.isfinite().all() for x in [*out, *grads.values()])
+        assert all(x.isfinite().all() for x in [*out[:5], *grads.values()])
         return
     eager_out, eager_grads = eager(on_device(tensors(p, dtype)), upstream)
     eps = max(torch.finfo(dtype).eps, 1e-5) * slack

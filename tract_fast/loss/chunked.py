@@ -39,7 +39,9 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
     plan, rows = _plan(a), row_pass_for(a.hidden.device)
     terms, stats = row_terms(a), new_stats(a)
     dx, dw, db = _new_gradients(a, plan.defer)
+    native.advised(dw)
     logits = native.scratch(a.hidden, plan.rows, padded(n_vocab))[:, :n_vocab]
+    summand = None
     with torch.autocast(a.hidden.device.type, enabled=False):
         for start in range(0, n, plan.rows):
             stop = min(start + plan.rows, n)
@@ -50,7 +52,7 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
             if a.need_dx:
                 torch.mm(chunk, a.weight, out=dx[start:stop])
             if a.need_dw and not plan.defer:
-                accumulate(dw, chunk.t(), read(x, part.used), first=start == 0)
+                summand = accumulate(dw, chunk.t(), read(x, part.used), summand, first=start == 0)
             if a.need_db:
                 db += chunk.sum(0, dtype=torch.float32)
         loss = total_loss(stats, a)
@@ -107,8 +109,9 @@ def read(rows: Tensor, used: Tensor) -> Tensor:
     return rows.masked_fill(~used[:, None], 0.0)
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``total += a @ b`` in float32, or ``=`` at ``first``, without rounding in between where the device can."""
+def accumulate(total: Tensor, a: Tensor, b: Tensor, summand: Tensor | None = None, *, first: bool) -> Tensor | None:
+    """``total += a @ b`` in float32, or ``=`` at ``first``, without rounding in between where the device can. Returns a
+    buffer for ``summand`` at the next call, where it cannot."""
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif a.device.type == "cuda":
@@ -116,10 +119,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
             torch.mm(a, b, out_dtype=torch.float32, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    elif first:  # no 16-bit GEMM with a float32 result on the CPU: each summand is rounded once
-        total.copy_(torch.mm(a, b))
-    else:
-        native.add(total, torch.mm(a, b))
+    else:  # no 16-bit GEMM with a float32 result on the CPU: each summand is rounded once
+        summand = native.advised(a.new_empty(total.shape)) if summand is None else summand
+        torch.mm(a, b, out=summand)
+        total.copy_(summand) if first else native.add(total, summand)
+    return summand
 
 
 def _remember(ctx, inputs, output) -> None:
@@ -164,7 +168,7 @@ def chunked_backward(
         if dz.shape[0]:
             used = used_rows(labels, score_rows)
             # scaling the rows costs N D instead of V D, and is exact for an upstream gradient of 1
-            grad_w = native.buffer(dz, dz.shape[1], hidden.shape[1])
+            grad_w = native.advised(dz.new_empty(dz.shape[1], hidden.shape[1]))
             torch.mm(dz.t(), scaled(read(hidden, used), scale, hidden.dtype), out=grad_w)
         else:
             grad_w = scaled(dw, scale, dtype)
@@ -185,7 +189,7 @@ chunked_loss.register_autograd(_scale_gradients, setup_context=_remember)
 
 def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``(x * scale).to(dtype)``, multiplied in float32 a block at a time: a scalar of 16 bit would be rounded first."""
-    out = torch.empty_like(x, dtype=dtype)
+    out = native.advised(torch.empty_like(x, dtype=dtype))
     step = max(1, SCALE_BLOCK // max(1, x.shape[1]))
     for i in range(0, len(x), step):
         out[i : i + step] = x[i : i + step].float() * scale

@@ -108,9 +108,8 @@ def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
     return like.new_empty(rows, columns)
 
 
-def buffer(like: Tensor, *shape: int) -> Tensor:
-    """An empty tensor of the dtype and device of ``like``; on the CPU with huge pages, where the system has them."""
-    out = like.new_empty(shape)
-    if out.device.type == "cpu" and missing() is None:
-        torch.ops.tract_fast.advise(out)
-    return out
+def advised(buffer: Tensor) -> Tensor:
+    """The same tensor, which nobody wrote to yet; on the CPU with huge pages, where the system has them."""
+    if buffer.device.type == "cpu" and missing() is None:
+        torch.ops.tract_fast.advise(buffer)
+    return buffer

@@ -1,0 +1,211 @@
+// The sampled gradient without Python: the draw against its probabilities over evenly spaced starts, the same lists by
+// every variant, the bound of their length, and products against plain loops.
+
+#include "sampled.h"
+
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <string>
+
+#define TRACT_FAST_VARIANT testing  // the kernels' own functions, compiled for any processor
+#include "row_pass_kernels.h"
+#include "sampled_kernels.h"
+
+using namespace tract_fast;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool condition, const std::string& what) {
+  if (condition) return;
+  std::printf("FAILED: %s\n", what.c_str());
+  ++failures;
+}
+
+// One row of float32 logits with a label and two score tokens, and what the kernels need of it.
+struct Problem {
+  int64_t v, width = 5;
+  std::vector<float> logits, weight, x;
+  std::vector<int64_t> labels{3}, ids{0, 7};
+  std::vector<float> values{1.0f, 2.0f}, picked_label{0.5f}, picked_scores{0.1f, -0.2f}, ce{0.75f}, score{0.0f},
+      score_target{0.0f};
+  std::vector<float> nll{0}, lse{0}, expected{0}, mass{0}, probs{0, 0};
+  bool used = true;
+
+  Problem(int64_t vocabulary, float spread, unsigned seed) : v(vocabulary) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < v; ++i) logits.push_back(spread * normal(random));
+    for (int64_t i = 0; i < v * width; ++i) weight.push_back(normal(random));
+    for (int64_t i = 0; i < width; ++i) x.push_back(normal(random));
+  }
+
+  RowPass pass(std::vector<float>& copy) {
+    copy = logits;
+    RowPass p{};
+    p.logits = copy.data();
+    p.n_vocab = p.stride = v;
+    p.picked_label = picked_label.data();
+    p.picked_scores = picked_scores.data();
+    p.labels = labels.data();
+    p.ce = ce.data();
+    p.score = score.data();
+    p.score_target = score_target.data();
+    p.used = &used;
+    p.ids = ids.data();
+    p.values = values.data();
+    p.n_tokens = 2;
+    p.nll = nll.data();
+    p.lse = lse.data();
+    p.expected = expected.data();
+    p.mass = mass.data();
+    p.probs = probs.data();
+    p.logit_scale = 1.0f;
+    p.gradient = true;
+    return p;
+  }
+
+  // The list of one start, dX and the spread of it.
+  struct Drawn {
+    std::vector<int32_t> columns;
+    std::vector<float> values, dx;
+    float spread = 0, norm = 0;
+  };
+  Drawn draw(const Variant& variant, double eps, int64_t start) {
+    const int64_t most = std::min<int64_t>(v + 1, 2 + EXTRA + static_cast<int64_t>(std::ceil(OVER / eps)));
+    std::vector<float> copy;
+    const RowPass p = pass(copy);
+    Drawn d;
+    d.columns.resize(most);
+    d.values.resize(most);
+    d.dx.resize(width);
+    int32_t count = 0;
+    const Lists lists{d.columns.data(), &count, d.values.data(), most, &start, eps, 0.75};
+    const Operands o{x.data(), weight.data(), width, width, width, d.dx.data(), &d.spread, &d.norm};
+    sampled_rows(p, lists, o, variant, Type::float32, 0, 1);
+    expect(count <= most, "a list fits");
+    d.columns.resize(count);
+    d.values.resize(count);
+    return d;
+  }
+};
+
+// dZ of all columns in float64.
+std::vector<double> exact(Problem& p) {
+  std::vector<float> z = p.logits;
+  z[3] = p.picked_label[0];
+  z[0] = p.picked_scores[0];
+  z[7] = p.picked_scores[1];
+  double total = 0;
+  for (const float one : z) total += std::exp(double{one});
+  std::vector<double> dz;
+  for (const float one : z) dz.push_back(0.75 * std::exp(double{one}) / total);
+  dz[3] -= 0.75;
+  return dz;
+}
+
+void check_mean(const Variant& variant, int64_t v, float spread, double eps) {
+  Problem p(v, spread, 5);
+  const std::vector<double> dz = exact(p);
+  std::vector<double> mean(v), share(v);
+  const int64_t starts = 4096;
+  double error = 0, claimed = 0;
+  for (int64_t i = 0; i < starts; ++i) {
+    const auto drawn = p.draw(variant, eps, (i << 31) / starts + 12345);
+    for (size_t j = 0; j < drawn.columns.size(); ++j) {
+      mean[drawn.columns[j]] += drawn.values[j] / starts;
+      share[drawn.columns[j]] += 1.0 / starts;
+    }
+    for (int64_t d = 0; d < p.width; ++d) {
+      double whole = 0, sparse = 0;
+      for (int64_t j = 0; j < v; ++j) whole += dz[j] * p.weight[j * p.width + d];
+      for (size_t j = 0; j < drawn.columns.size(); ++j)
+        sparse += drawn.values[j] * double{p.weight[drawn.columns[j] * p.width + d]};
+      expect(std::fabs(drawn.dx[d] - sparse) <= 1e-5, "dX is the list times W");
+      error += (sparse - whole) * (sparse - whole) / starts;
+    }
+    claimed += drawn.spread / starts;
+  }
+  const std::string name = std::string(variant.name) + " v " + std::to_string(v);
+  bool drawn = false;
+  for (int64_t j = 0; j < v; ++j) {
+    // evenly spaced starts hit a column's interval once more or less often than its length says
+    const double slack = 1.001 * dz[j] / std::max(share[j], 1.0 / starts) / starts;
+    expect(std::fabs(mean[j] - dz[j]) <= std::fabs(slack) + 2e-5 * std::fabs(dz[j]), name + ": mean of column " + std::to_string(j));
+    drawn |= share[j] > 0 && share[j] < 0.9;
+  }
+  expect(drawn, name + ": something is drawn");
+  expect(claimed > 0.8 * error && claimed < 1.25 * error, name + ": the variance is estimated");
+}
+
+void check_same(const Variant& variant) {
+  for (const int64_t v : {8, 63, 64, 65, 1023, 1024, 1025, 5000})
+    for (const int64_t start : {int64_t{0}, int64_t{77777777}, (int64_t{1} << 31) - 1}) {
+      Problem p(v, 2.0f, 9);
+      const auto a = p.draw(variant, 1.0 / 64, start), b = p.draw(*find_variant("portable"), 1.0 / 64, start);
+      expect(a.columns == b.columns, std::string(variant.name) + ": the same columns, v " + std::to_string(v));
+    }
+}
+
+void check_flat(const Variant& variant) {
+  Problem p(3000, 0.0f, 1);
+  for (const int64_t start : {int64_t{0}, (int64_t{1} << 31) - 1})
+    expect(p.draw(variant, 1.0 / 32, start).columns.size() > 25, "a flat row has a long list");
+  p.logits.assign(3000, 3e6f);  // here float32 resolves 1/4
+  p.picked_label[0] = p.picked_scores[0] = p.picked_scores[1] = 3e6f;
+  for (const int64_t start : {int64_t{0}, (int64_t{1} << 31) - 1}) p.draw(variant, 1.0 / 32, start);
+  p.logits[100] = std::numeric_limits<float>::quiet_NaN();
+  expect(p.draw(variant, 1.0 / 32, 5).columns.size() == 3, "a broken row lists label and score tokens");
+}
+
+void check_weight(const Variant& variant) {
+  const int64_t n = 3, most = 4, v = 6, width = 5;
+  const std::vector<int32_t> columns{5, 0, 2, 9, 0, 9, 9, 9, 2, 5, 0, 1}, counts{3, 1, 4};
+  const std::vector<float> values{1, 2, 3, 9, 4, 9, 9, 9, 5, 6, 7, 8};
+  std::vector<float> x, dw(v * width, -1.0f), db(v, -1.0f);
+  for (int64_t i = 0; i < n * width; ++i) x.push_back(0.1f * i - 0.4f);
+  const Transposed t = transpose(columns.data(), counts.data(), values.data(), n, most, v);
+  sampled_weight(t, x.data(), width, width, 2.0f, dw.data(), db.data(), 0, 4, variant, Type::float32);
+  sampled_weight(t, x.data(), width, width, 2.0f, dw.data(), db.data(), 4, v, variant, Type::float32);
+  for (int64_t j = 0; j < v; ++j) {
+    double sum = 0;
+    std::vector<double> row(width);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t e = 0; e < counts[i]; ++e)
+        if (columns[i * most + e] == j) {
+          sum += 2.0 * values[i * most + e];
+          for (int64_t d = 0; d < width; ++d) row[d] += 2.0 * values[i * most + e] * x[i * width + d];
+        }
+    expect(db[j] == static_cast<float>(sum), "db");
+    for (int64_t d = 0; d < width; ++d) expect(std::fabs(dw[j * width + d] - row[d]) < 1e-5, "dW");
+  }
+}
+
+void check_proposals() {
+  for (float a = -21.4f; a < 0.0f; a += 0.01f) {
+    const double f = testing::proposal(a), wanted = std::exp(double{a}) * 2147483648.0;
+    expect(f >= wanted * (1 - 2e-6) - 1 && f <= wanted * 1.0616 + 1, "proposal of " + std::to_string(a));
+  }
+  expect(testing::proposal(0.0f) == KEPT && testing::proposal(3.0f) == KEPT, "kept");
+  expect(testing::proposal(-std::numeric_limits<float>::infinity()) == 1u, "never 0");
+  expect(testing::proposal(-1e-8f) < 1u << 31, "fits");
+}
+
+}  // namespace
+
+int main() {
+  check_proposals();
+  for (const Variant& variant : variants()) {
+    if (!variant.runs_here()) continue;
+    check_mean(variant, 200, 1.5f, 1.0 / 16);
+    check_mean(variant, 1100, 1.0f, 1.0 / 64);
+    check_same(variant);
+    check_flat(variant);
+    check_weight(variant);
+    std::printf("%s: done\n", variant.name);
+  }
+  std::printf(failures == 0 ? "sampled: all passed\n" : "sampled: %d failures\n", failures);
+  return failures != 0;
+}
