@@ -108,5 +108,5 @@ setup(
             "triton; sys_platform == 'linux'",
         ],
     },
-    entry_points={"console_scripts": ["tract-fast = tract_fast.cli:main"]},
+    entry_points={"console_scripts": ["tract-fast = tract_fast.cli:entry"]},
 )

@@ -54,8 +54,8 @@ void settle_row(const RowPass& p, const Lists& lists, const Operands& o, const C
     const void* w = row_at(o.weight, column, o.w_stride, type);
     if (i + AHEAD < count && reads_w) prefetch_row(o, columns[i + AHEAD], type);
     const Products at_w = reads_w ? s.products(x, w, o.width) : Products{};
-    const float raw = type == Type::float32 ? s.logit_at(p, row, column) : at_w.xw;
-    const Capped at = transform(p, k, raw, column);
+    // a float32 logit with the very rounding that the log-sum-exp has, where it is in the thousands
+    const Capped at = type == Type::float32 ? s.capped_at(p, row, column) : transform(p, k, at_w.xw, column);
     const double ratio = values[i];
     values[i] = static_cast<float>(c.kappa * std::exp(at.z - c.lse) * at.slope * ratio);
     if (o.dx == nullptr) continue;

@@ -57,7 +57,7 @@ struct SampledKernels {
   Products (*products)(const void* x, const void* w, int64_t n);
   void (*axpy)(float* total, float factor, const void* row, int64_t n);  // total += factor * row
   void (*store)(const float* from, void* to, int64_t n);
-  float (*logit_at)(const RowPass&, int64_t row, int64_t column);  // raw
+  Capped (*capped_at)(const RowPass&, int64_t row, int64_t column);  // of the logit as the sums had it
 };
 
 // Statistics, lists and dX of rows [begin, end).

@@ -98,13 +98,15 @@ void store(const float* from, void* to, int64_t n) {
 }
 
 template <class T>
-float logit_at(const RowPass& p, int64_t row, int64_t column) {
-  return widen(row_of<T>(p, row)[column]);
+Capped capped_at(const RowPass& p, int64_t row, int64_t column) {
+  float z, slope = p.logit_scale;
+  transform(p, row_of<T>(p, row) + column, column, 1, &z, &slope);
+  return {z, slope};
 }
 
 template <class T>
 constexpr SampledKernels sampled_kernels_of() {
-  return {draw<T>, products<T>, axpy<T>, store<T>, logit_at<T>};
+  return {draw<T>, products<T>, axpy<T>, store<T>, capped_at<T>};
 }
 
 }  // namespace

@@ -45,9 +45,12 @@ def transformers_serve(model: Path, log: Path) -> Iterator[str]:
             process.terminate()
 
 
+LONGEST = 300
+
+
 class Stand(ThreadingHTTPServer):
-    """vLLM's side of the dialect. ``judge`` computes; ``requests`` are the bodies that came; ``change`` may edit an
-    answer before it goes out."""
+    """vLLM's side of the dialect. ``judge`` computes; ``requests`` are the bodies that came, ``keys`` what authorised
+    them; ``change`` may edit an answer before it goes out, ``delay`` (seconds) hold a request back."""
 
     daemon_threads = True
 
@@ -55,7 +58,9 @@ class Stand(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.judge, self.lock = judge, threading.Lock()
         self.requests: list[dict[str, Any]] = []
+        self.keys: set[str | None] = set()
         self.change = lambda path, answer: answer
+        self.delay = lambda body: 0.0
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self) -> Stand:
@@ -68,6 +73,7 @@ class Stand(ThreadingHTTPServer):
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         ids, judge = body["prompt"], self.judge
+        assert len(ids) + body["max_tokens"] <= LONGEST
         if body.get("logprob_token_ids"):
             values = judge.log_probs_after([ids])[0].tolist()
             assert body["logprob_token_ids"] == list(judge.scale.token_ids)
@@ -78,7 +84,10 @@ class Stand(ThreadingHTTPServer):
         names = ("temperature", "top_p", "repetition_penalty", "seed")
         settings = Sampling(**{name: body[name] for name in names}, max_new_tokens=body["max_tokens"])
         (tokens,) = sample(judge.lm, judge.tokenizer, [""], [ids], settings, body["stop_token_ids"]).tokens
-        return answer_of(judge.text(tokens), len(ids), len(tokens), token_ids=tokens)
+        ended = len(tokens) < body["max_tokens"]  # what ends a reply is one of its tokens there
+        tokens = [*tokens, body["stop_token_ids"][0]] if ended else tokens
+        reason = "stop" if ended else "length"
+        return answer_of(judge.text(tokens), len(ids), len(tokens), token_ids=tokens, finish_reason=reason)
 
 
 def stand_command(folder: Path) -> Path:
@@ -104,7 +113,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         models = {"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "vllm"}]}
-        models["data"][0]["max_model_len"] = 300
+        models["data"][0]["max_model_len"] = LONGEST
+        self.server.keys.add(self.headers["Authorization"])
         self._send({"/v1/models": models, "/version": {"version": "0.0.test"}, "/health": {}}.get(self.path))
 
     def do_POST(self) -> None:
@@ -112,8 +122,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/tokenize":
             judge = self.server.judge
             return self._send({"tokens": judge.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]})
+        self.server.requests.append(body)
+        time.sleep(self.server.delay(body))
         with self.server.lock:  # one model
-            self.server.requests.append(body)
             found = self.server.complete(body)
         return self._send(found)
 

@@ -190,7 +190,10 @@ def test_an_error_names_the_file_only_where_the_file_is_wrong(refused):
         (Loss, {"ce_weight": 0.0, "regression_weight": 0.0}, "loss.ce_weight"),
         (Loss, {"normalize": "labels"}, "loss.normalize"),
         (Loss, {"ce_reduction": "mean"}, "loss.ce_reduction"),
-        (Loss, {"gradient": "sampled"}, "loss.gradient"),
+        (Loss, {"gradient": "drawn"}, "loss.gradient"),
+        (Loss, {"gradient": "sampled", "implementation": "fused"}, "loss.implementation"),
+        (Loss, {"gradient": "sampled", "eps": 0.0}, "loss.eps"),
+        (Loss, {"eps": 0.1}, "loss.eps"),
         (Loss, {"implementation": "eager"}, "loss.implementation"),
         *[(Train, {name: 0}, f"train.{name}") for name in ("batch", "max_tokens", "epochs", "lr", "eps")],
         *[(Train, {name: 0}, f"train.{name}") for name in ("max_steps", "clip", "eval_every")],
@@ -309,7 +312,17 @@ any_recipe = st.builds(
         chat_template_kwargs=kwargs,
     ),
     score=scales.map(lambda s: Score(labels=tuple(x for x, _ in s), values=tuple(y for _, y in s))),
-    loss=section(Loss, ce_weight=positive, regression_weight=positive, score_ce=st.booleans()),
+    loss=st.one_of(
+        section(
+            Loss, ce_weight=positive, regression_weight=positive, score_ce=st.booleans(), gradient=st.just("exact")
+        ),
+        st.builds(
+            Loss,
+            gradient=st.just("sampled"),
+            eps=st.none() | st.floats(1e-6, 1),
+            implementation=st.sampled_from(["auto", "chunked"]),
+        ),
+    ),
     train=section(
         Train,
         max_steps=st.none() | counts,

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from tests.servers import Stand, stand_command, transformers_serve
+from tests.servers import LONGEST, Handler, Stand, stand_command, transformers_serve
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import SIZE, random_lm
 from tract_fast import cli, evaluate, generate
 from tract_fast.errors import RunStopped, UserError
 from tract_fast.judge import Judge
 from tract_fast.judging import Source
+from tract_fast.loading import open_judge
 from tract_fast.recipe import Generate, Sampling
+from tract_fast.served import check_generation_config
+from tract_fast.vllm import Vllm
 
 SHORT = {"max_new_tokens": 24, "seed": 3}
 
@@ -50,7 +62,8 @@ def test_scores_are_those_of_the_judge_here(trained, stand):
             again = stand.judge.given([ids], [draw.rationale])[0]
             assert draw.expected_score == pytest.approx(again.score, abs=1e-5)
             assert draw.score_mass == pytest.approx(again.score_mass, abs=1e-5)
-        assert sum(row[: len(ids)] == tuple(ids) for row in rows) >= 1
+        assert sum(row[: len(ids)] == tuple(ids) for row in rows) == len({d.rationale for d in one.draws})
+        assert all(served.scale.eos_id not in row[len(ids) : -len(served.scale.prefix_ids)] for row in rows)
 
 
 def test_all_that_decides_a_sample_is_asked_for(trained, stand):
@@ -61,7 +74,7 @@ def test_all_that_decides_a_sample_is_asked_for(trained, stand):
     asked = {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.2, "max_tokens": 9, "top_k": 0, "min_p": 0.0}
     assert {name: body[name] for name in asked} == asked
     assert served.scale.eos_id in body["stop_token_ids"]
-    assert served.context == 300  # the smaller one
+    assert served.context == LONGEST - 1  # a score takes one token more
 
 
 def test_generate_and_evaluate_go_on_and_do_not_repeat(trained, stand, tmp_path):
@@ -120,6 +133,128 @@ def test_what_an_old_vllm_leaves_out_is_missed(trained, stand, path, key, messag
         Judge.from_pretrained(trained, backend=stand.address).score("p q", **SHORT)
 
 
+@pytest.mark.parametrize("value", [0.5, -9999.0, -0.01])
+def test_what_is_no_log_probability_is_not_taken_for_one(trained, stand, value):
+    def change(path, answer):
+        if path == "/v1/completions" and answer["choices"][0]["logprobs"]:
+            (named,) = answer["choices"][0]["logprobs"]["top_logprobs"]
+            named.update(dict.fromkeys(named, value))
+        return answer
+
+    stand.change = change
+    with pytest.raises(RunStopped, match="logprobs-mode"):
+        Judge.from_pretrained(trained, backend=stand.address).score("p q", **SHORT)
+
+
+def test_a_reply_that_the_server_cuts_is_missed(trained, stand):
+    def cut(path, answer):
+        if path == "/v1/completions":
+            answer["choices"][0]["finish_reason"] = "length"
+        return answer
+
+    stand.change = cut
+    with pytest.raises(RunStopped, match="its own limit"):
+        Judge.from_pretrained(trained, backend=stand.address).score("p q", max_new_tokens=200)
+
+
+def test_the_longest_prompt_that_fits_is_judged(trained, stand):
+    served = Judge.from_pretrained(trained, backend=stand.address)
+    room = served.room(24)
+    ids = served.render(["p q r " * 200])[0][:room]
+    assert 1 <= served.judge(["long"], [ids], Sampling(**SHORT))[0].score <= 5
+    assert served.obstacle("long", room + 1, 24)
+
+
+def test_tokens_that_cannot_be_compared_are_refused(trained, stand):
+    stand.change = lambda path, answer: None if path == "/tokenize" else answer
+    with pytest.raises(UserError, match="cannot be checked"):
+        Judge.from_pretrained(trained, backend=stand.address)
+
+
+def test_the_key_goes_to_its_host_alone(trained, stand, monkeypatch):
+    """A server that sends on to another, which must not get the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def log_message(self, *args) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if self.path == "/v1/models":
+                return Handler.do_GET(self)
+            self.send_response(302)
+            self.send_header("Location", stand.address.replace("127.0.0.1", "localhost") + self.path)
+            return self.end_headers()
+
+        _send = Handler._send
+        do_POST = Handler.do_POST
+
+    first = Stand(stand.judge)
+    first.RequestHandlerClass = Elsewhere
+    with first:
+        Judge.from_pretrained(trained, backend=first.address)
+    assert first.keys == {"Bearer sk-secret"}
+    assert stand.keys == {None}
+
+
+def test_another_judge_of_the_same_name_is_not_gone_on_with(trained, stand, tmp_path):
+    source = Source(data=str(trained.parent / "data.jsonl"), holdout=0.25)
+    settings = Generate(max_new_tokens=16, batch=4, backend=stand.address)
+    copy = shutil.copytree(trained / "judge", tmp_path / "judge")
+    generate.run(str(copy), source, tmp_path / "own", settings, say=quiet)
+    file = next(copy.rglob("*.safetensors"))
+    weights = load_file(file)
+    save_file({name: w * 1.01 for name, w in weights.items()}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="judge_fingerprint"):
+        generate.run(str(copy), source, tmp_path / "own", settings, say=quiet)
+
+
+def test_settings_beside_the_weights_that_a_server_would_add_are_refused(trained, tmp_path):
+    copy = shutil.copytree(trained / "judge", tmp_path / "judge")
+    opened = open_judge(str(copy), quiet)
+    check_generation_config(opened)
+    (Path(opened.source) / "generation_config.json").write_text('{"min_p": 0.2, "temperature": 0.5}')
+    with pytest.raises(UserError, match="sets min_p, which"):
+        check_generation_config(opened)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_ended_while_a_request_hangs_what_was_done_is_there(trained, stand, tmp_path, number, code):
+    """The first prompt, the longest, takes forever: the others are written all the same, and nothing waits for it."""
+    stand.delay = lambda body: 600.0 if body is stand.requests[0] else 0.0
+    data, out = str(trained.parent / "data.jsonl"), tmp_path / "own"
+    command = [
+        sys.executable,
+        "-m",
+        "tract_fast",
+        "generate",
+        str(trained),
+        data,
+        "--holdout",
+        "0.25",
+        "--out",
+        str(out),
+    ]
+    command += ["--backend", stand.address, "--max_new_tokens", "16", "--batch", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    written = out / "predictions.jsonl"
+    lines = lambda: written.read_text().splitlines() if written.exists() else []  # noqa: E731
+    begin = time.monotonic()
+    while len(lines()) < 17 and time.monotonic() - begin < 120:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    assert len(lines()) == 17  # of 18
+    process.send_signal(number)
+    process.wait(20)
+    assert process.returncode == code
+    stand.delay = lambda body: 0.0
+    stand.requests.clear()
+    settings = Generate(max_new_tokens=16, batch=4, backend=stand.address)
+    health = generate.run(str(trained), Source(data=data, holdout=0.25), out, settings, say=quiet)
+    assert health["n"] == 18
+    assert sum(not body.get("logprob_token_ids") for body in stand.requests) == 1
+
+
 def test_another_tokenizer_is_refused(trained, stand):
     stand.change = lambda path, answer: {"tokens": [1, 2]} if path == "/tokenize" else answer
     with pytest.raises(UserError, match="another tokenizer"):
@@ -133,6 +268,7 @@ def test_an_unknown_server_is_not_asked_for_what_it_may_ignore(trained, stand):
     assert any("scores: read here" in line for line in told)
     with pytest.raises(UserError, match=r"repetition_penalty = 1\.03"):
         served.score("p q", **SHORT)
+    assert any("are as this server has them" in line for line in told)
 
 
 @pytest.mark.parametrize("backend", ["http://127.0.0.1:9", "vlm", "http://127.0.0.1:9#judge"])
@@ -144,6 +280,14 @@ def test_no_such_backend(trained, backend):
 def test_the_models_of_a_server_are_named(trained, stand):
     with pytest.raises(UserError, match="models are judge"):
         Judge.from_pretrained(trained, backend=f"{stand.address}#other")
+
+
+def test_vllm_needs_whole_weights(trained, tmp_path, monkeypatch):
+    stand_command(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    opened = replace(open_judge(str(trained), quiet), adapter=tmp_path)
+    with pytest.raises(UserError, match="is an adapter"):
+        Vllm(opened, "vllm", "auto", quiet)
 
 
 def test_vllm_is_looked_for(trained, monkeypatch):
@@ -164,13 +308,47 @@ def test_vllm_that_does_not_start_is_told_with_its_last_line(trained, tmp_path, 
 def test_the_server_of_a_judge_ends_with_it(trained, tmp_path, monkeypatch):
     stand_command(tmp_path)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    served = Judge.from_pretrained(trained, backend="vllm")
+    found = []
+    # from a thread that ends: the server must not end with it
+    worker = threading.Thread(target=lambda: found.append(Judge.from_pretrained(trained, backend="vllm --more x")))
+    worker.start()
+    worker.join()
+    (served,) = found
     try:
-        assert served.score("p q", **SHORT).score == pytest.approx(3, abs=2)
+        (ids,) = served.render(["p q"])
+        whole = served.judge(["p q"], [ids], Sampling(**SHORT))[0]
+        again = Judge.from_pretrained(trained).given([ids], [whole.rationale])[0]
+        assert whole.score == pytest.approx(again.score, abs=1e-4)
         assert served.process.process.poll() is None
     finally:
         served.close()
     assert served.process.process.poll() is not None
+    assert not served.process.log.exists()
+
+
+def test_the_server_of_a_judge_ends_when_its_process_is_killed(trained, tmp_path):
+    stand_command(tmp_path)
+    script = (
+        "import sys\nfrom tract_fast.judge import Judge\n"
+        "judge = Judge.from_pretrained(sys.argv[1], backend='vllm')\n"
+        "print(judge.process.process.pid, judge.process.log, flush=True)\nsys.stdin.read()\n"
+    )
+    env = {**os.environ, "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    command = [sys.executable, "-c", script, str(trained)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
+    pid, log = process.stdout.readline().split()
+    process.kill()
+    process.wait()
+    Path(log).unlink()
+    for _ in range(100):
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":  # ended, and nobody asks for its exit code
+            return
+        time.sleep(0.1)
+    pytest.fail("the server outlived its judge")
 
 
 def test_transformers_serve(trained, tmp_path, capsys):
@@ -184,12 +362,13 @@ def test_transformers_serve(trained, tmp_path, capsys):
         expected = here.score(texts, temperature=0.0, repetition_penalty=1.2, max_new_tokens=24)
         assert [one.rationale for one in found] == [one.rationale for one in expected]
         assert [one.score for one in found] == pytest.approx([one.score for one in expected], abs=1e-4)
-        draws = served.score(texts[0], n=4, temperature=1.5, max_new_tokens=24).draws
-        assert len({draw.rationale for draw in draws}) > 1
+        drawn = [served.score(texts[0], n=4, temperature=1.5, max_new_tokens=24).draws for _ in range(2)]
+        assert len({draw.rationale for draw in drawn[0]}) > 1
+        assert drawn[0] == drawn[1]  # each request has its seed, and they do not meet
         data = str(trained.parent / "data.jsonl")
         command = ["generate", str(trained), data, "--backend", address, "--max_new_tokens", "16", "--limit", "4"]
         assert cli.main([*command, "--out", str(tmp_path / "own")]) == 0
-        assert len((tmp_path / "own" / "rationales.jsonl").read_text().splitlines()) >= 1
+        assert len((tmp_path / "own" / "predictions.jsonl").read_text().splitlines()) == 4
         lines = tmp_path / "prompts.jsonl"
         lines.write_text(json.dumps({"prompt": texts[0]}) + "\n")
         capsys.readouterr()

@@ -1,8 +1,6 @@
 """``python -m tract_fast``: the same as ``tract-fast``."""
 
-import sys
-
-from tract_fast.cli import main
+from tract_fast.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

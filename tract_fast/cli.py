@@ -305,6 +305,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.strerror}{place}: {remedy}", 1)
 
 
+def entry() -> None:
+    """``main`` as a process of its own."""
+    code = main()
+    from tract_fast.threads import leave
+
+    leave(code)
+
+
 def _dispatch(argv: list[str]) -> int:
     command = argv[0] if argv else "--help"
     if command == "--version":

@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tract_fast.data.feedback import Example
 from tract_fast.errors import UserError
 from tract_fast.judge import Judge, Judgement
 from tract_fast.recipe import Sampling, sampling_of
+from tract_fast.threads import as_done
 
 PREDICTIONS, SETTINGS = "predictions.jsonl", "settings.json"
 
@@ -225,7 +225,7 @@ def _predict(
 
     begin, written, told = time.perf_counter(), 0, done
     with path.open("a", encoding="utf-8") as file:
-        for chosen, judgements in zip(todo, _spread(work, todo, at_once), strict=True):
+        for chosen, judgements in as_done(work, todo, at_once):
             new = {item.id: prediction(item, j) for item, j in zip(chosen, judgements, strict=True)}
             file.write("".join(map(line, new.values())))
             file.flush()
@@ -237,18 +237,6 @@ def _predict(
                 speed = f", {written / (time.perf_counter() - begin):.0f} tokens/s written" if written else ""
                 say(f"judged {done} of {len(items)}{speed}")
     return found
-
-
-def _spread(work: Callable[[Any], Any], plan: Sequence[Any], at_once: int) -> Iterator[Any]:
-    """``map(work, plan)``, with so many under way at once."""
-    if at_once == 1:
-        yield from map(work, plan)
-        return
-    pool = ThreadPoolExecutor(at_once)
-    try:
-        yield from pool.map(work, plan)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def prediction(item: Item, judgement: Judgement) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from tract_fast.data.records import file_of
 from tract_fast.errors import UserError
 from tract_fast.judging import Source, line
 from tract_fast.recipe import Recipe, Sampling, sampling_of
+from tract_fast.vllm import check_vllm, is_vllm
 
 STEPS = ("stage1", "generate", "stage2", "evaluate")
 RECORD, HELD_OUT, BOTH = "steps.json", "held_out.jsonl", "annotated_and_own.jsonl"
@@ -48,6 +49,8 @@ def run(recipe: Recipe, *, until: str | None = None, begin: str | None = None) -
             f"generate.backend = {recipe.generate.backend}: the judges of a run are new, so no server has them; write "
             "vllm, which is started with each, or use the command generate"
         )
+    if is_vllm(recipe.generate.backend):
+        check_vllm()
     if recipe.stage2.train and recipe.data.rationale == "drop":
         raise UserError(
             "data.rationale = drop: a judge without rationales writes none for a second stage; set stage2.train: false"

@@ -287,8 +287,8 @@ class Generate(Sampling):
     """Rationales that the judge of the first stage writes for the second: sampling, and what is left out."""
 
     backend: str = "auto"
-    """Where rationales are written: auto (here, by transformers), vllm (its server is started), or the address of an
-    OpenAI-compatible server that has the judge."""
+    """Where rationales are written: auto (here, by transformers), vllm (its server is started; arguments for it may
+    follow), or the address of an OpenAI-compatible server that has the judge."""
     batch: int = 16
     """Sequences generated at a time."""
     drop: tuple[Fault, ...] = ()
@@ -297,7 +297,8 @@ class Generate(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = self.backend in ("auto", "vllm") or self.backend.startswith(("http://", "https://"))
+        known = self.backend == "auto" or self.backend.split(" ")[0] == "vllm"
+        known = known or self.backend.startswith(("http://", "https://"))
         _require(
             known, "generate.backend", self.backend, "must be auto, vllm or the address of a server, http://HOST:PORT"
         )

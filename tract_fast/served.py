@@ -4,23 +4,14 @@ The tokenizer and ``tract.json`` are read here, and prompts are rendered here. T
 The score after it is read there, too, where the server gives log-probabilities of given tokens (vLLM); where it does
 not, the judge's own weights are loaded here and read it, teacher-forced, as the authors do.
 
-A sample's seed depends on (seed, prompt, draw) alone. Whether the server writes the same again is up to its arithmetic:
-it batches by what else is under way.
+A sample's seed depends on (seed, prompt, draw) alone. Whether vLLM writes the same again is up to its arithmetic: it
+batches by what else is under way.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
-import time
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,30 +20,42 @@ from transformers import GenerationConfig
 
 from tract_fast.data import prompt as prompts
 from tract_fast.data.feedback import cut_rationale
-from tract_fast.errors import RunStopped, UserError
+from tract_fast.errors import UserError
 from tract_fast.judge import Judge, Judgement, prompts_at_once
-from tract_fast.loading import Opened, Say, choose_dtype, load_weights
-from tract_fast.recipe import Sampling
+from tract_fast.loading import Opened, Say, load_weights
+from tract_fast.model import locate
+from tract_fast.recipe import Model, Sampling
 from tract_fast.sample import cut_at_score
 from tract_fast.server import Sample, Server
 from tract_fast.shard import local_device
+from tract_fast.threads import in_order
+from tract_fast.vllm import Vllm, is_vllm
 
-START_SECONDS = 1800  # loading a model of many GB, and compiling
-END_SECONDS = 20
+PIECES, PIECE = 4096, 64  # of a weight file, bytes
+NAMED = {  # settings that a request names, or that change no sample
+    *("eos_token_id", "pad_token_id", "bos_token_id", "do_sample", "temperature", "top_p", "top_k"),
+    *("repetition_penalty", "max_length", "max_new_tokens", "transformers_version", "_from_model_config"),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate"),
+}
 
 
 def served_judge(opened: Opened, backend: str, *, dtype: str, device, say: Say) -> ServedJudge:
     """The judge behind ``backend``: ``vllm`` or an address. Raises UserError where there is no such server."""
     process = None
-    if backend == "vllm":
-        process = Vllm(opened, dtype, say)
-        backend = process.url
+    if is_vllm(backend):
+        process = Vllm(opened, backend, dtype, say)
     elif not backend.startswith(("http://", "https://")):
         raise UserError(f"backend = {backend}: must be auto, vllm, or the address of a server, http://HOST:PORT")
     try:
-        server = Server(backend)
+        server = Server(process.url, process.key) if process else Server(backend)
         say(f"backend: {server}")
+        if server.kind == "transformers":
+            check_generation_config(opened)
+        if server.kind == "other":
+            say("warning: top-k, min-p and what ends a reply are as this server has them: no word for them is common")
         reader = None
+        if server.reads_scores and not process and dtype != "auto":
+            raise UserError(f"dtype = {dtype}: the server has its own; leave it out")
         if not server.reads_scores:
             say("scores: read here, by the judge's own weights, since the server gives no log-probabilities of tokens")
             chosen = torch.device(device) if device else local_device()
@@ -70,9 +73,13 @@ class ServedJudge(Judge):
     def __init__(self, opened: Opened, server: Server, reader: Judge | None, process: Vllm | None = None):
         self.tokenizer, self.scale, self.about = opened.tokenizer, opened.scale, opened.about
         self.server, self.reader, self.process = server, reader, process
+        self.digest = weights_digest(opened)
         own = getattr(opened.config.get_text_config(), "max_position_embeddings", None)
-        self.context = min((c for c in (own, server.context) if c), default=None)
-        self.dtype = f"as {server.kind} has it" + (f", scores in {reader.dtype}" if reader else "")
+        context = min((c for c in (own, server.context) if c), default=None)
+        # reading a score asks for one token more, which is thrown away
+        self.context = context - 1 if context and server.reads_scores else context
+        written = process.dtype if process else "its own dtype"
+        self.dtype = f"{server.kind}: {written}" + (f", scores in {reader.dtype}" if reader else "")
         self.device = reader.device if reader else torch.device("cpu")
         self.ends = _end_tokens(opened)
         self._check_tokens()
@@ -85,6 +92,8 @@ class ServedJudge(Judge):
             raise UserError(f"{self.server} has another tokenizer than the judge: serve the judge's merged folder")
 
     def calls(self, batch: int, n: int) -> tuple[int, int]:
+        if self.reader:  # one forward pass for the scores of a batch
+            return super().calls(batch, n)
         return 1, prompts_at_once(batch, n)
 
     def close(self) -> None:
@@ -108,8 +117,8 @@ class ServedJudge(Judge):
             for text, head, first in zip(texts, ids, firsts, strict=True)
             for draw in range(settings.n)
         ]
-        with ThreadPoolExecutor(len(jobs)) as pool:
-            samples = list(pool.map(lambda job: self._sample(*job, settings), jobs))
+        serial = self.server.kind == "transformers"  # its generator of random numbers is one for all requests
+        samples = in_order(lambda job: self._sample(*job, settings), jobs, 1 if serial else len(jobs))
         texts = [sample.text if sample.tokens is None else self.text(sample.tokens) for sample in samples]
         replies = [cut_at_score(text) for text in texts]
         tails = [self._tail(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
@@ -139,13 +148,14 @@ class ServedJudge(Judge):
     def log_probs_after(self, rows: Sequence[Sequence[int]]) -> Tensor:
         if self.reader:
             return self.reader.log_probs_after(rows)
-        with ThreadPoolExecutor(len(rows)) as pool:
-            found = list(pool.map(lambda row: self.server.log_probs(row, self.scale.token_ids), rows))
+        found = in_order(lambda row: self.server.log_probs(row, self.scale.token_ids), rows, len(rows))
         return torch.tensor(found, dtype=torch.float64)
 
     def fingerprint(self) -> str:
-        """A hash of what is known of the server and of what else decides a score; its weights cannot be seen."""
+        """A hash of the judge's weights here, of what is known of the server, and of what else decides a score. Which
+        weights the server has cannot be seen."""
         parts = (self.scale, self.about, self.tokenizer.chat_template, self.server.kind, self.server.version)
+        parts = (*parts, self.ends, self.dtype, self.digest)
         read = self.reader.fingerprint() if self.reader else None
         name = None if self.process else self.server.model
         return hashlib.sha256(repr((*parts, name, read)).encode()).hexdigest()[:16]
@@ -153,77 +163,51 @@ class ServedJudge(Judge):
 
 def _end_tokens(opened: Opened) -> list[int]:
     """What ends a reply: the tokenizer's end token, and those that the model's own settings name."""
-    try:
-        own = GenerationConfig.from_pretrained(opened.source).eos_token_id
-    except OSError:  # there are none
-        own = None
+    found = _generation_config(opened)
+    own = found.eos_token_id if found else None
     return sorted({opened.scale.eos_id, *([own] if isinstance(own, int) else own or [])})
+
+
+def _generation_config(opened: Opened) -> GenerationConfig | None:
+    """The settings beside a model's weights; None where there are none."""
+    source = locate(Model(path=opened.source))["pretrained_model_name_or_path"]
+    if Path(source).is_dir():
+        return GenerationConfig.from_pretrained(source) if (Path(source) / "generation_config.json").exists() else None
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except OSError:  # a hub model without them; what else is wrong with the hub shows when its weights are read
+        return None
+
+
+def check_generation_config(opened: Opened) -> None:
+    """Raise UserError where the settings beside the weights change samples in a way that ``transformers serve`` cannot
+    be asked to leave out: what a request does not name, it takes from there."""
+    found = _generation_config(opened)
+    odd = set(found.to_diff_dict()) - NAMED if found else set()
+    if odd:
+        raise UserError(
+            f"{opened.source}/generation_config.json sets {', '.join(sorted(odd))}, which transformers serve applies "
+            "to every request: take it out, or use vLLM"
+        )
+
+
+def weights_digest(opened: Opened) -> str:
+    """A hash of pieces of all weight files of the judge, so that another judge under the same name is not taken for it;
+    of the name, where the files are not here."""
+    digest = hashlib.sha256(opened.source.encode())
+    source = locate(Model(path=opened.source))
+    folders = [Path(p) for p in (source["pretrained_model_name_or_path"], opened.adapter) if p and Path(p).is_dir()]
+    for path in sorted(p for folder in folders for p in (*folder.glob("*.safetensors"), *folder.glob("*.gguf"))):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(PIECES):
+                file.seek(i * size // PIECES)
+                digest.update(file.read(PIECE))
+    return digest.hexdigest()[:16]
 
 
 def seed_of(seed: int, prompt: str, draw: int) -> int:
     """A seed of 63 bits that only these arguments decide."""
     digest = hashlib.sha256(f"{seed} {draw} {prompt}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-class Vllm:
-    """vLLM's server in a process of its own, with the judge's merged folder. Raises UserError where it does not start.
-
-    vLLM may be installed in another environment: its command is looked for on the PATH.
-    """
-
-    def __init__(self, opened: Opened, dtype: str, say: Say):
-        command = shutil.which("vllm")
-        if command is None:
-            raise UserError("backend = vllm: there is no command vllm on the PATH: pip install vllm, or start a server")
-        if opened.adapter:
-            raise UserError(
-                f"backend = vllm needs all weights in one folder: {opened.path}/merged, which export writes"
-            )
-        chosen, reason = choose_dtype(dtype, opened.about.dtype, local_device())
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = Path(tempfile.mkstemp(prefix="tract-fast-vllm-", suffix=".log")[1])
-        arguments = [command, "serve", opened.source, "--served-model-name", "judge", "--dtype", chosen]
-        arguments += ["--host", "127.0.0.1", "--port", str(port)]
-        guard = shutil.which("setpriv")  # the server ends with this process, even if it is killed
-        arguments = [guard, "--pdeathsig", "TERM", *arguments] if guard else arguments
-        say(f"backend: {' '.join(arguments)} (dtype: {reason}; log: {self.log})")
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        try:
-            self._wait()
-        except BaseException:
-            self.end()
-            raise
-
-    def _wait(self) -> None:
-        begin = time.monotonic()
-        while time.monotonic() - begin < START_SECONDS:
-            if self.process.poll() is not None:
-                lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                raise UserError(
-                    f"backend = vllm: it ended before it was ready: {lines[-1] if lines else ''} ({self.log})"
-                )
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except OSError:
-                time.sleep(1)
-        raise RunStopped(f"backend = vllm: not ready after {START_SECONDS} s: see {self.log}")
-
-    def end(self) -> None:
-        """End the server and what it has started."""
-        for number, patience in ((signal.SIGTERM, END_SECONDS), (signal.SIGKILL, END_SECONDS)):
-            try:
-                os.killpg(self.process.pid, number)
-                self.process.wait(patience)
-                return
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue

@@ -78,8 +78,11 @@ def test_the_mean_of_many_draws_is_the_exact_gradient(products, form, dtype):
     dx = found["hidden"].double().numpy().reshape(n, 3, -1)
     mean, error = dx.mean(0), dx.std(0, ddof=1) / math.sqrt(n)
     rounding = np.abs(exact["hidden"]) * (2.0**-8 if dtype == torch.bfloat16 else 1e-5)
-    assert (error > 0).all()  # nothing exact answers in its place
-    z = (mean - exact["hidden"]) / np.hypot(error, rounding)
+    drawn = (
+        slice(None) if form.get("normalize") == "vocab" else slice(1, None)
+    )  # else a score row without label is exact
+    assert (error[drawn] > 0).all()  # nothing exact answers in its place
+    z = ((mean - exact["hidden"]) / np.hypot(error, rounding))[drawn]
     assert np.abs(z).max() < 5
     assert (z**2).mean() < 2.2
     if dtype == torch.float32:
@@ -113,7 +116,8 @@ def test_the_variance_that_is_reported_is_that_of_the_draws(products, form):
     out, found = sampled_gradients(p, eps=2.0**-4)
     dx = found["hidden"].double().numpy().reshape(DRAWS, 3, -1)
     actual = ((dx - exact["hidden"]) ** 2).sum() / (dx**2).sum()
-    assert out.added_variance.item() == pytest.approx(actual, rel=0.15)
+    # neighbours exclude each other, which the estimate leaves out: up to a fifth too large here
+    assert 0.9 * actual < out.added_variance.item() < 1.3 * actual
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -218,13 +218,14 @@ def draw(
         e = torch.maximum(e, OVER * others.double() / (room - (EXTRA - 1)))
     draws = terms.used & (size > 0) & (others > 0) & size.isfinite() & lse.isfinite()
     shift = lse.double() + e.log()
+    cannot = room if most <= z.shape[1] else math.inf  # more than fit; a list of the whole vocabulary always does
     for _ in range(2):  # where logits are so large that the bound's rounding is a lie, the second makes them fit
         rounded = ((shift * STEPS).round() / STEPS).float()[:, None]
         distance = z - rounded
         kept = (distance >= 0) & ~taken
         f = proposals(distance.masked_fill(taken, float("-inf"))).masked_fill_(kept, 0)
         listed = kept.sum(1) + f.sum(1) / ONE + 2
-        shift = shift + torch.where(listed > room, (listed / room).log() + 0.2, 0.0).nan_to_num()
+        shift = shift + torch.where(listed > cannot, (listed / room).log() + 0.2, 0.0).nan_to_num()
     after = f.cumsum(1) + begins[:, None]
     chosen = kept | ((after >> 31) != ((after - f) >> 31))
     chosen &= ~taken & draws[:, None]
