@@ -1,6 +1,7 @@
 #include "scratch.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <map>
 #include <mutex>
@@ -38,16 +39,29 @@ void release(void* memory, size_t bytes) {
 #endif
 }
 
+struct Block {
+  void* memory = nullptr;
+  size_t bytes = 0;  // 0: there is none
+};
+
 struct Pool {
   std::mutex mutex;
   std::map<void*, size_t> in_use;
-  void* kept = nullptr;
-  size_t kept_bytes = 0;
+  std::array<Block, KEPT_BLOCKS> kept;
+
+  Block& smallest() {
+    return *std::min_element(kept.begin(), kept.end(), [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+  }
 };
 
 Pool& pool() {
   static Pool* const one = new Pool;  // never destroyed: tensors may outlive static objects
   return *one;
+}
+
+void drop(Block& block) {
+  if (block.bytes > 0) release(block.memory, block.bytes);
+  block = {};
 }
 
 }  // namespace
@@ -56,15 +70,14 @@ void* take_scratch(size_t bytes) {
   bytes = (std::max<size_t>(bytes, 1) + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
-  if (p.kept != nullptr && p.kept_bytes >= bytes && p.kept_bytes / 2 <= bytes) {  // no small tensor holds a large block
-    p.in_use.emplace(p.kept, p.kept_bytes);
-    p.kept_bytes = 0;
-    return std::exchange(p.kept, nullptr);
+  Block* best = nullptr;
+  for (Block& block : p.kept)  // no small tensor holds a large block
+    if (block.bytes >= bytes && block.bytes / 2 <= bytes && (best == nullptr || block.bytes < best->bytes)) best = &block;
+  if (best != nullptr) {
+    p.in_use.emplace(best->memory, best->bytes);
+    return std::exchange(*best, {}).memory;
   }
-  if (p.kept != nullptr && p.kept_bytes < bytes) {
-    release(std::exchange(p.kept, nullptr), p.kept_bytes);
-    p.kept_bytes = 0;
-  }
+  if (p.smallest().bytes < bytes) drop(p.smallest());  // before the new one, which will take its place
   void* memory = allocate(bytes);
   try {
     p.in_use.emplace(memory, bytes);
@@ -80,22 +93,17 @@ void return_scratch(void* memory) {
   const std::lock_guard<std::mutex> lock(p.mutex);
   const auto found = p.in_use.find(memory);
   if (found == p.in_use.end()) return;
-  size_t bytes = found->second;
+  Block back{memory, found->second};
   p.in_use.erase(found);
-  if (p.kept != nullptr && p.kept_bytes < bytes) {
-    std::swap(p.kept, memory);
-    std::swap(p.kept_bytes, bytes);
-  } else if (p.kept == nullptr) {
-    p.kept = memory;
-    p.kept_bytes = bytes;
-    return;
-  }
-  release(memory, bytes);
+  if (p.smallest().bytes < back.bytes) std::swap(p.smallest(), back);
+  drop(back);
 }
 
 size_t kept_scratch() {
   const std::lock_guard<std::mutex> lock(pool().mutex);
-  return pool().kept_bytes;
+  size_t bytes = 0;
+  for (const Block& block : pool().kept) bytes += block.bytes;
+  return bytes;
 }
 
 }  // namespace tract_fast

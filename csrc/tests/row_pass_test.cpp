@@ -321,15 +321,17 @@ void check_scratch() {
   return_scratch(small);
   expect(kept_scratch() == size_t{2} << 20, "what comes back is kept");
   return_scratch(large);
-  expect(kept_scratch() == size_t{6} << 20, "the larger one is kept");
+  expect(kept_scratch() == size_t{8} << 20, "and so is another");
+  expect(take_scratch(1000) == small && kept_scratch() == size_t{6} << 20, "the one that fits best is given out again");
   void* tiny = take_scratch(1000);
   expect(tiny != large && kept_scratch() == size_t{6} << 20, "a small one does not take a large block");
   return_scratch(tiny);
-  expect(kept_scratch() == size_t{6} << 20, "nor drives it out");
-  expect(take_scratch(4 << 20) == large && kept_scratch() == 0, "and given out again");
+  return_scratch(small);
+  expect(kept_scratch() == size_t{8} << 20, "nor drives it out");
+  expect(take_scratch(4 << 20) == large && kept_scratch() == size_t{2} << 20, "which serves what is half of it");
   return_scratch(large);
   return_scratch(take_scratch(9 << 20));
-  expect(kept_scratch() == size_t{10} << 20, "a larger one takes its place");
+  expect(kept_scratch() == size_t{16} << 20, "a larger one takes the place of the smallest");
   std::vector<std::thread> pool;
   for (int t = 0; t < 8; ++t)
     pool.emplace_back([] {

@@ -120,7 +120,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, summand: Tensor | None = Non
         else:
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:  # no 16-bit GEMM with a float32 result on the CPU: each summand is rounded once
-        summand = native.advised(a.new_empty(total.shape)) if summand is None else summand
+        summand = native.scratch(a, *total.shape) if summand is None else summand
         torch.mm(a, b, out=summand)
         total.copy_(summand) if first else native.add(total, summand)
     return summand
@@ -168,10 +168,12 @@ def chunked_backward(
         if dz.shape[0]:
             used = used_rows(labels, score_rows)
             # scaling the rows costs N D instead of V D, and is exact for an upstream gradient of 1
-            grad_w = native.advised(dz.new_empty(dz.shape[1], hidden.shape[1]))
+            grad_w = native.scratch(dz, dz.shape[1], hidden.shape[1])
             torch.mm(dz.t(), scaled(read(hidden, used), scale, hidden.dtype), out=grad_w)
         else:
-            grad_w = scaled(dw, scale, dtype)
+            grad_w = scaled(
+                dw, scale, dtype, native.scratch(dx, *dw.shape) if dw.numel() and dx.dtype == dtype else None
+            )
         return scaled(dx, scale, dx.dtype), grad_w, (db * scale).to(dtype)
 
 
@@ -187,9 +189,10 @@ def _(grad_loss, hidden, labels, score_rows, unit, dx, dw, db, dz, dtype):
 chunked_loss.register_autograd(_scale_gradients, setup_context=_remember)
 
 
-def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(x * scale).to(dtype)``, multiplied in float32 a block at a time: a scalar of 16 bit would be rounded first."""
-    out = native.advised(torch.empty_like(x, dtype=dtype))
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``(x * scale).to(dtype)``, into ``out`` if given, multiplied in float32 a block at a time: a 16-bit scalar would
+    be rounded first."""
+    out = torch.empty_like(x, dtype=dtype) if out is None else out
     step = max(1, SCALE_BLOCK // max(1, x.shape[1]))
     for i in range(0, len(x), step):
         out[i : i + step] = x[i : i + step].float() * scale

@@ -101,8 +101,8 @@ def add(total: Tensor, part: Tensor) -> None:
 
 
 def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty (rows, columns) tensor of the dtype and device of ``like``, for a chunk of logits. On the CPU its memory
-    is kept when it is let go, one chunk at most: a fresh one would be paged in and zeroed at every call."""
+    """An empty (rows, columns) tensor of the dtype and device of ``like``, for a chunk of logits or dW. On the CPU its
+    memory is kept when it is let go, for one of each: a fresh one would be paged in and zeroed at every call."""
     if like.device.type == "cpu" and missing() is None:
         return torch.ops.tract_fast.scratch(like, rows, columns)
     return like.new_empty(rows, columns)

@@ -303,7 +303,7 @@ def sampled_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX, dW, db) of the loss, from what forward left, times the upstream gradient. Nothing saved is changed."""
     scale, lists = grad_loss * unit, Lists(columns, values, counts)
-    dw = dx.new_empty(n_vocab if need_dw else 0, dx.shape[1])
+    dw = native.scratch(dx, n_vocab, dx.shape[1]) if need_dw else dx.new_empty(0, dx.shape[1])
     db = dx.new_empty(n_vocab if need_db else 0)
     with torch.autocast(dx.device.type, enabled=False):
         if need_dw or need_db:
