@@ -107,7 +107,10 @@ def errors(found: list[list[Tensor]], truth: list[Tensor]) -> dict[str, float]:
     }
 
 
-def measure_errors(p: Problem) -> list[dict[str, Any]]:
+def measure_errors(p: Problem, loss: str) -> list[dict[str, Any]]:
+    """Errors with the score terms, whose few rows have most of the gradient's norm, or of the cross-entropy alone."""
+    if loss == "CE":
+        p = p | {name: p[name][:0] for name in ("score_rows", "score_targets")}
     truth = products(p)
     bf16 = lambda dz, probs: dz.to(torch.bfloat16).double()  # noqa: E731
     dropped = lambda dz, probs: dz * ((probs >= FILTER) | (dz < 0))  # noqa: E731
@@ -121,6 +124,7 @@ def measure_errors(p: Problem) -> list[dict[str, Any]]:
         row |= {"entries": out.entries.float().mean().item(), "most": out.entries.max().item()}
         rows.append(row | {"added_variance": out.added_variance.item()})
     for row in rows:
+        row["loss"] = loss
         print(" ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     return rows
 
@@ -155,12 +159,13 @@ def measure_times(p: Problem, rounds: int) -> list[dict[str, Any]]:
 
 
 def plot(error_rows: list[dict], time_rows: list[dict], path: Path) -> None:
-    """Error of dX against time, W trained."""
+    """Error of dX of the cross-entropy against time, W trained."""
     from matplotlib.figure import Figure
 
     time_of = {(r["what"], r["eps"]): r["to_one_gemm"] for r in time_rows if r["W"] == "trained"}
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
+    error_rows = [r for r in error_rows if r["loss"] == "CE"]
     chosen = [r for r in error_rows if r["what"] == "sampled"]
     places = [(time_of["sampled", r["eps"]], 100 * r["error"]["dX"]) for r in chosen]
     axes.plot(*zip(*places, strict=True), marker="o", label="sampled")
@@ -192,7 +197,7 @@ def main() -> None:
     about = {"device": doctor.describe_device(torch.device("cpu")), **doctor.versions(()), "dtype": str(dtype)}
     shape = {"rows": len(p["hidden"]), "vocab": len(p["weight"]), "width": p["hidden"].shape[1]}
     print(about, shape)
-    found = {"errors": measure_errors(p), "times": measure_times(p, args.rounds)}
+    found = {"errors": measure_errors(p, "TRACT") + measure_errors(p, "CE"), "times": measure_times(p, args.rounds)}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sampled.json").write_text(json.dumps({"versions": about, "shape": shape, **found}, indent=1) + "\n")
     plot(found["errors"], found["times"], args.out / "sampled.png")
