@@ -26,43 +26,88 @@ int64_t draw_row(const RowPass& p, const Lists& lists, const Coefficients& c, co
   const double kappa = std::fabs(c.kappa);
   if (!(kappa > 0.0 && c.others > 0.0 && std::isfinite(kappa) && std::isfinite(c.lse))) return 0;
   const int64_t room = lists.most - p.n_tokens - 1;  // the label's is the 1
-  double e = lists.eps * std::min(1.0, lists.reference / kappa);
-  if (lists.most <= p.n_vocab) e = std::max(e, OVER * c.others / static_cast<double>(room - (EXTRA - 1)));
-  const double shift = c.lse + std::log(e);
+  const double e = lists.eps * std::min(1.0, lists.reference / kappa), shift = c.lse + std::log(e);
+  // a list fits without a look at the row, or how long it may become is counted first: of the row alone, not of the draw
+  bool fits = lists.most > p.n_vocab || OVER * c.others / e <= static_cast<double>(room - (EXTRA - 1));
   const auto start = static_cast<uint32_t>(lists.starts[row]);
   int32_t* columns = lists.columns + row * lists.most;
   float* ratios = lists.values + row * lists.most;
-  // more than fit only where logits of a size that float32 does not resolve make the bound's rounding a lie
   for (int doublings = 0;; ++doublings) {
-    const double rounded = std::round((shift + doublings * std::log(2.0)) * STEPS) / STEPS;
-    const int64_t count = s.draw(p, static_cast<float>(rounded), start, row, columns, ratios, room);
+    const auto rounded = static_cast<float>(std::round((shift + doublings * std::log(2.0)) * STEPS) / STEPS);
+    if (!fits && s.longest(p, rounded, row) > room) continue;
+    const int64_t count = s.draw(p, rounded, start, row, columns, ratios, room);
     if (count >= 0) return count;
+    fits = false;  // logits that float32 does not resolve: the bound's rounding was a lie
   }
 }
 
-// Turns the ratios of a row into values, with dX and its spread where they are asked for.
-void settle_row(const RowPass& p, const Lists& lists, const Operands& o, const Coefficients& c, const Kernels& k,
-                const SampledKernels& s, Type type, int64_t row, int64_t count, std::vector<float>& total) {
+// What the listed columns of a row need of W, from which 16-bit logits are computed again.
+struct Listed {
+  std::vector<Capped> at;
+  std::vector<float> squares;  // of rows of W
+};
+
+// Reads the listed rows of W. Returns by how much the sum of exp(z - top) changes where the columns that are listed for
+// certain take their logits computed again: probabilities must be those of one softmax, and these have most of it.
+double reread(const RowPass& p, const Lists& lists, const Operands& o, float top, const Kernels& k,
+              const SampledKernels& s, Type type, int64_t row, int64_t count, Listed& listed) {
   const int32_t* columns = lists.columns + row * lists.most;
-  float* values = lists.values + row * lists.most;
+  const float* ratios = lists.values + row * lists.most;
   const void* x = row_at(o.x, row, o.x_stride, type);
   const bool reads_w = o.dx != nullptr || type != Type::float32;
-  double spread = 0.0;
+  double change = 0.0;
+  listed.at.resize(count);
+  listed.squares.resize(count);
   for (int64_t i = 0; i < std::min(AHEAD, count) && reads_w; ++i) prefetch_row(o, columns[i], type);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t column = columns[i];
-    const void* w = row_at(o.weight, column, o.w_stride, type);
     if (i + AHEAD < count && reads_w) prefetch_row(o, columns[i + AHEAD], type);
+    const void* w = row_at(o.weight, columns[i], o.w_stride, type);
     const Products at_w = reads_w ? s.products(x, w, o.width) : Products{};
-    // a float32 logit with the very rounding that the log-sum-exp has, where it is in the thousands
-    const Capped at = type == Type::float32 ? s.capped_at(p, row, column) : transform(p, k, at_w.xw, column);
+    listed.squares[i] = at_w.ww;
+    listed.at[i] = s.capped_at(p, row, columns[i]);
+    if (type == Type::float32) continue;
+    const double rounded = listed.at[i].z;
+    listed.at[i] = transform(p, k, at_w.xw, columns[i]);
+    if (ratios[i] == 1.0f) change += std::exp(listed.at[i].z - top) - std::exp(rounded - top);
+  }
+  return change;
+}
+
+// Turns the ratios of a row into values, and adds dX and its spread where they are asked for.
+void settle_row(const Lists& lists, const Operands& o, const Coefficients& c, const SampledKernels& s, Type type,
+                int64_t row, int64_t count, const Listed& listed, std::vector<float>& total) {
+  const int32_t* columns = lists.columns + row * lists.most;
+  float* values = lists.values + row * lists.most;
+  double spread = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
     const double ratio = values[i];
-    values[i] = static_cast<float>(c.kappa * std::exp(at.z - c.lse) * at.slope * ratio);
+    values[i] = static_cast<float>(c.kappa * std::exp(listed.at[i].z - c.lse) * listed.at[i].slope * ratio);
     if (o.dx == nullptr) continue;
-    s.axpy(total.data(), values[i], w, o.width);
-    if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * at_w.ww;
+    s.axpy(total.data(), values[i], row_at(o.weight, columns[i], o.w_stride, type), o.width);
+    if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * listed.squares[i];
   }
   if (o.dx != nullptr) o.spread[row] = static_cast<float>(spread);
+}
+
+// Appends the entries of score tokens and label, and adds them to dX; returns how many entries there are then.
+int64_t append(const RowPass& p, const Lists& lists, const Operands& o, const Coefficients& c, const float* scores,
+               const SampledKernels& s, Type type, int64_t row, int64_t count, std::vector<float>& total) {
+  int32_t* columns = lists.columns + row * lists.most;
+  float* values = lists.values + row * lists.most;
+  const int64_t drawn = count;
+  bool is_token = false;
+  for (int64_t i = 0; i < p.n_tokens; ++i) {
+    is_token |= p.ids[i] == p.labels[row];
+    columns[count] = static_cast<int32_t>(p.ids[i]);
+    values[count++] = scores[i];
+  }
+  if (p.labels[row] >= 0 && !is_token) {
+    columns[count] = static_cast<int32_t>(p.labels[row]);
+    values[count++] = c.label;
+  }
+  for (int64_t i = drawn; i < count && o.dx != nullptr; ++i)
+    s.axpy(total.data(), values[i], row_at(o.weight, columns[i], o.w_stride, type), o.width);
+  return count;
 }
 
 }  // namespace
@@ -72,29 +117,20 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
   const Kernels& k = variant.of(type);
   const SampledKernels& s = variant.sampled(type);
   std::vector<float> scores(p.n_tokens), total(o.dx == nullptr ? 0 : o.width);
+  Listed listed;
   for (int64_t row = begin; row < end; ++row) {
     k.take_out(p, row);
-    const Coefficients c = finish(p, k, k.sums(p, row, 0, p.n_vocab), row, scores.data());
+    Sums sums = k.sums(p, row, 0, p.n_vocab);
+    Coefficients c = finish(p, k, sums, row, scores.data());
     std::fill(total.begin(), total.end(), 0.0f);
     int64_t count = p.used[row] ? draw_row(p, lists, c, s, row) : 0;
-    settle_row(p, lists, o, c, k, s, type, row, count, total);
-    if (p.used[row]) {
-      int32_t* columns = lists.columns + row * lists.most;
-      float* values = lists.values + row * lists.most;
-      const int64_t drawn = count;
-      bool is_token = false;
-      for (int64_t i = 0; i < p.n_tokens; ++i) {
-        is_token |= p.ids[i] == p.labels[row];
-        columns[count] = static_cast<int32_t>(p.ids[i]);
-        values[count++] = scores[i];
-      }
-      if (p.labels[row] >= 0 && !is_token) {
-        columns[count] = static_cast<int32_t>(p.labels[row]);
-        values[count++] = c.label;
-      }
-      for (int64_t i = drawn; i < count && o.dx != nullptr; ++i)
-        s.axpy(total.data(), values[i], row_at(o.weight, columns[i], o.w_stride, type), o.width);
+    const double change = reread(p, lists, o, sums.top, k, s, type, row, count, listed);
+    if (change != 0.0 && sums.others + change > 0.0) {
+      sums.others += change;
+      c = finish(p, k, sums, row, scores.data());
     }
+    settle_row(lists, o, c, s, type, row, count, listed, total);
+    if (p.used[row]) count = append(p, lists, o, c, scores.data(), s, type, row, count, total);
     lists.counts[row] = static_cast<int32_t>(count);
     if (o.dx == nullptr) continue;
     double norm = 0.0;

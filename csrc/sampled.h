@@ -9,11 +9,13 @@
 // exact logit: expectation kappa p_j, whatever f_j is, rounding included. Label and score tokens are always listed,
 // exactly. Derivation and measurements: docs/sampled-gradient.md.
 //
-// The list of a row has at most K + 3 + 1.07 m / e entries (m: the probability of all other columns): the threshold is
-// raised where that would not fit, so that nothing is ever cut.
+// The list of a row has at most K + 3 + 1.07 m / e entries (m: the probability of all other columns). Where that would not
+// fit, the longest list of the row is counted, and its threshold doubled until it does: nothing is ever cut, and the
+// threshold depends on the row alone, not on its draw.
 //
-// Numerics: as row_pass.h; a listed value in float64, its logit in float32 (of 16-bit logits computed again from X and W),
-// products summed in float32. Same bits for every number of threads.
+// Numerics: as row_pass.h; a listed value in float64, its logit in float32, products summed in float32. 16-bit logits are
+// computed again from X and W for the listed columns, and those that are listed for certain replace what they were in the
+// log-sum-exp, so that statistics are nearer to those of float32 logits, too. Same bits for every number of threads.
 //
 // Cost beside the logits' GEMM: 2 reads of the logits; per entry 2 D FLOP and a row of W for dX (4 D with 16-bit logits),
 // 2 D FLOP for dW, whose every element is written once.
@@ -50,6 +52,8 @@ struct Products {
 
 // Kernels of one instruction set and type of logits.
 struct SampledKernels {
+  // Entries that no draw of the row exceeds.
+  int64_t (*longest)(const RowPass&, float shift, int64_t row);
   // Columns listed and their 2^31 / f_j (1 where certain); returns how many, -1 for more than `most`. Label and score
   // tokens must be taken out.
   int64_t (*draw)(const RowPass&, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios,

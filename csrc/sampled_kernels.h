@@ -21,6 +21,23 @@ inline uint32_t proposal(float a) {
   return a < 0.0f ? whole : KEPT;
 }
 
+template <class T>
+int64_t longest(const RowPass& p, float shift, int64_t row) {
+  alignas(64) float z[BLOCK];
+  uint64_t sum = 0;
+  int64_t kept = 0;
+  for (int64_t begin = 0; begin < p.n_vocab; begin += BLOCK) {
+    const int64_t n = p.n_vocab - begin < BLOCK ? p.n_vocab - begin : BLOCK;
+    transform(p, row_of<T>(p, row) + begin, begin, n, z, nullptr);
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t f = proposal(z[i] - shift);
+      kept += f == KEPT;
+      sum += f == KEPT ? 0 : f;
+    }
+  }
+  return kept + static_cast<int64_t>(sum >> 31) + 1;
+}
+
 // Lists columns from `columns[count]` on; returns how many there are then, or -1 where they are more than `most`.
 template <class T>
 int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios, int64_t most) {
@@ -106,7 +123,7 @@ Capped capped_at(const RowPass& p, int64_t row, int64_t column) {
 
 template <class T>
 constexpr SampledKernels sampled_kernels_of() {
-  return {draw<T>, products<T>, axpy<T>, store<T>, capped_at<T>};
+  return {longest<T>, draw<T>, products<T>, axpy<T>, store<T>, capped_at<T>};
 }
 
 }  // namespace

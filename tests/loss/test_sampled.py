@@ -122,11 +122,15 @@ def test_the_variance_that_is_reported_is_that_of_the_draws(products, form):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_loss_and_its_statistics_are_exact(products, dtype):
-    p = rounded(problem(n=9, v=700, d=16, k=4, b=4, seed=3, spread=2.0, normalize="vocab"), dtype)
-    out, _ = sampled_gradients(p, dtype, eps=0.25)
+    """Of 16-bit logits nearer to the truth than the exact implementation's: the largest are computed again."""
+    p = rounded(problem(n=200, v=700, d=16, k=4, b=90, seed=3, spread=2.0, normalize="vocab"), dtype)
+    out, _ = sampled_gradients(p, dtype, eps=2.0**-8, seed=1)
     whole = linear_tract_loss(**tensors(p, dtype), implementation="chunked")
-    for name in ("loss", "nll", "expected_score", "score_mass", "score_probs"):
-        torch.testing.assert_close(getattr(out, name), getattr(whole, name), rtol=2e-5, atol=2e-5)
+    values, _ = closed_form(p)
+    for name in ("nll", "expected_score", "score_mass", "score_probs"):
+        found, plain = (np.linalg.norm(getattr(x, name).double().numpy() - values[name]) for x in (out, whole))
+        assert found <= 3 * plain if dtype == torch.float32 else found < 0.8 * plain, name
+    assert out.loss.item() == pytest.approx(values["loss"], rel=1e-5 if dtype == torch.float32 else 1e-3)
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native kernels are not built")
@@ -184,11 +188,11 @@ def test_a_score_row_that_outweighs_the_others_raises_its_threshold_instead_of_c
 
 def test_a_larger_coefficient_gets_a_smaller_threshold(products):
     """With equal thresholds the row of weight 8 would have 64 times the variance of the others."""
-    p = rounded(problem(n=4, v=2000, d=8, b=0, seed=2, spread=1.0, ignored=0.0, weights=False), torch.float32)
-    out, _ = sampled_gradients(p | {"row_weights": np.array([1.0, 1.0, 1.0, 1.0])}, eps=2.0**-5)
-    other, _ = sampled_gradients(p | {"row_weights": np.array([1.0, 1.0, 1.0, 9.0])}, eps=2.0**-5)
-    assert other.entries[3] > out.entries[3]
-    assert (other.entries[:3] - out.entries[:3]).abs().max() <= 2
+    p = rounded(problem(n=4, v=2000, d=8, b=0, seed=2, spread=3.0, ignored=0.0, weights=False), torch.float32)
+    out, _ = sampled_gradients(p | {"row_weights": np.array([1.0, 1.0, 1.0, 1.0])}, eps=2.0**-9, seed=1)
+    other, _ = sampled_gradients(p | {"row_weights": np.array([1.0, 1.0, 1.0, 9.0])}, eps=2.0**-9, seed=1)
+    assert other.entries[3] > 1.2 * out.entries[3]
+    assert torch.equal(other.entries[:3], out.entries[:3])
 
 
 def test_results_are_a_function_of_the_seed(products):

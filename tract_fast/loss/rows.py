@@ -105,7 +105,9 @@ def rows(
     column = terms.labels.clamp(min=0)[:, None]  # (n, 1); rows without a label get back what stood there
     z.scatter_(1, column, z.gather(1, column).masked_fill(has_label, float("-inf")))
     z[:, a.score_token_ids] = float("-inf")
-    at = sums(z, picked, terms, stats, a)
+    top = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
+    others = z.sub_(top[:, None]).exp_().sum(1)
+    at = finish(top, others, picked, terms, stats, a)
     if not gradient:
         return None
     dz = z.mul_(at.factor[:, None])
@@ -113,14 +115,6 @@ def rows(
     dz.scatter_(1, column, torch.where(has_label, (at.label * slopes.label)[:, None], dz.gather(1, column)))
     dz[:, a.score_token_ids] = at.scores * slopes.scores
     return dz
-
-
-def sums(z: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments) -> Coefficients:
-    """``finish`` after the sums over capped logits ``z`` (n, V), -inf at label and score tokens: it is overwritten with
-    ``exp(z - top)``."""
-    top = z.amax(1).clamp(min=torch.finfo(z.dtype).min)
-    others = z.sub_(top[:, None]).exp_().sum(1)
-    return finish(top, others, picked, terms, stats, a)
 
 
 class Coefficients(NamedTuple):

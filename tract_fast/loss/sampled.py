@@ -6,8 +6,8 @@ is written once, no float32 copy of it exists, and a frozen W costs nothing. ``d
 draw; ``csrc/sampled.h`` computes it on the CPU, and this module in PyTorch elsewhere (there the lists become dense
 again and GEMMs follow, so nothing is saved).
 
-The lists are a function of the logits and the seed. Row i of a call starts at a hash of (seed, i); the rows of a list
-that would not fit raise their threshold, so that none is ever cut and no size waits for the device.
+The lists are a function of the logits and the seed. Row i of a call starts at a hash of (seed, i); a row whose list
+might not fit raises its threshold, so that none is ever cut and no size waits for the device.
 
 Cost: 2 N V D FLOP, two reads of the logits, and about 4 D FLOP per listed entry (86 a row at eps = 2^-10 on real
 rationales, where V = 49152). Memory: C V logits, and N (K + 3 + 1.07 / eps) places of 8 bytes.
@@ -24,7 +24,7 @@ from torch import Tensor
 from tract_fast.loss import native
 from tract_fast.loss.chunked import input_gradients, padded, read, scaled
 from tract_fast.loss.plan import plan_chunks
-from tract_fast.loss.rows import Picked, pick, sums, transform, transform_picked
+from tract_fast.loss.rows import Picked, finish, pick, transform, transform_picked
 from tract_fast.loss.terms import (
     OP_SCHEMA,
     Arguments,
@@ -42,6 +42,7 @@ EXTRA, OVER, STEPS = 3, 1.07, 256  # csrc/sampled.h
 ONE = 2**31
 LOWEST, PER_NAT = -21.487562, 12102203.0  # -31 ln 2, 2^23 / ln 2
 BLOCK = 2**22  # elements at a time, in PyTorch
+DOUBLINGS = 24  # of a threshold at least 2^-20 of a larger coefficient's share, at most
 
 SCHEMA = (
     OP_SCHEMA.partition(") -> (")[0] + f", float eps, Tensor seed) -> ({', '.join(['Tensor'] * 12)})"
@@ -170,12 +171,20 @@ def sampled_rows(
     for i in range(0, len(logits), step):
         j = min(i + step, len(logits))
         part, own = terms.rows(i, j), lists.rows(i, j)
-        z, _ = transform(logits[i:j].float(), a.bias, a)
+        z = transform(logits[i:j].float(), a.bias, a)[0]
         taken = taken_out(z, part.labels, a)
-        at = sums(z.masked_fill(taken, float("-inf")), picked.rows(i, j), part, stats.rows(i, j), a)
+        apart, mine = z.masked_fill(taken, float("-inf")), (picked.rows(i, j), part, stats.rows(i, j), a)
+        top = apart.amax(1).clamp(min=torch.finfo(z.dtype).min)
+        others = (apart - top[:, None]).exp().sum(1)
+        at = finish(top, others, *mine)
         chosen, ratio = draw(z, taken, at.kappa, at.others, stats.lse[i:j], part, begins[i:j], reference, eps, a, own)
-        raw = logits[i:j].float() if logits.dtype == torch.float32 else _exact(x[i:j], a.weight, chosen)
-        z, slope = transform(raw, a.bias, a)
+        slope = transform(logits[i:j].float(), a.bias, a)[1]
+        if logits.dtype != torch.float32:
+            rounded = z
+            z, slope = transform(_exact(x[i:j], a.weight, chosen), a.bias, a)
+            certain = chosen & (ratio == 1)
+            change = torch.where(certain, (z - top[:, None]).exp() - (rounded - top[:, None]).exp(), 0.0).sum(1)
+            at = finish(top, torch.where(others + change > 0, others + change, others), *mine)
         values = at.kappa[:, None] * torch.exp(z - stats.lse[i:j, None]) * slope * ratio
         values = torch.where(chosen, values, 0.0)
         if len(dx):
@@ -214,18 +223,18 @@ def draw(
     room = most - len(a.score_token_ids) - 1
     size = kappa.abs().double()
     e = eps * (reference / size).clamp(max=1.0)
-    if most <= z.shape[1]:
-        e = torch.maximum(e, OVER * others.double() / (room - (EXTRA - 1)))
     draws = terms.used & (size > 0) & (others > 0) & size.isfinite() & lse.isfinite()
     shift = lse.double() + e.log()
-    cannot = room if most <= z.shape[1] else math.inf  # more than fit; a list of the whole vocabulary always does
-    for _ in range(2):  # where logits are so large that the bound's rounding is a lie, the second makes them fit
-        rounded = ((shift * STEPS).round() / STEPS).float()[:, None]
+    doublings = torch.zeros_like(shift)
+    for _ in range(DOUBLINGS):  # the threshold depends on the row alone, not on the draw
+        rounded = (((shift + doublings * math.log(2)) * STEPS).round() / STEPS).float()[:, None]
         distance = z - rounded
         kept = (distance >= 0) & ~taken
         f = proposals(distance.masked_fill(taken, float("-inf"))).masked_fill_(kept, 0)
-        listed = kept.sum(1) + f.sum(1) / ONE + 2
-        shift = shift + torch.where(listed > cannot, (listed / room).log() + 0.2, 0.0).nan_to_num()
+        too_long = kept.sum(1) + (f.sum(1) >> 31) + 1 > room
+        if most > z.shape[1] or (z.device.type == "cpu" and not too_long.any()):
+            break
+        doublings += too_long
     after = f.cumsum(1) + begins[:, None]
     chosen = kept | ((after >> 31) != ((after - f) >> 31))
     chosen &= ~taken & draws[:, None]
