@@ -169,7 +169,7 @@ def test_control_tokens_in_given_rationales_are_refused(trained, tmp_path):
     data = tmp_path / "data.jsonl"
     token = Judge.from_pretrained(trained).tokenizer.eos_token
     data.write_text(json.dumps({"prompt": "Is it kind?", "rationale": f"kind {token} kind", "score": 3}) + "\n")
-    with pytest.raises(UserError, match=r"its rationale holds the text .* leave such records out with --skip"):
+    with pytest.raises(UserError, match=r"its rationale holds the text .* leave such records out \(--skip"):
         evaluate.run(str(trained), Source(data=str(data)), tmp_path / "out", SHORT, teacher_forced=True, say=quiet)
 
 
@@ -255,7 +255,7 @@ def test_records_and_prompts_that_cannot_be_judged(trained, tmp_path):
     assert "has room for" in found["left_out"][1]["why"]
     assert any("2 left out" in line for line in told)
     data.write_text(json.dumps({"prompt": "kind " * 600, "score": 2}) + "\n")
-    with pytest.raises(UserError, match=r"data.jsonl:1: the prompt has .* tokens.*leave such records out with --skip"):
+    with pytest.raises(UserError, match=r"data.jsonl:1: the prompt has .* tokens.*leave such records out \(--skip"):
         evaluate.run(str(trained), Source(data=str(data)), tmp_path / "c", SHORT, say=quiet)
     with pytest.raises(UserError, match=r"no prompt is left to judge"):
         evaluate.run(str(trained), Source(data=str(data), skip=True), tmp_path / "d", SHORT, say=quiet)

@@ -58,7 +58,7 @@ def refused(tmp_path):
         ("---\ntrain: {lr: 1}\n", "r.yaml:4: not valid YAML: but found another document"),
         ("? [a]\n: 1\n", "r.yaml:4: the name of a setting must be a word"),
         ("train: {lr: '\x07'}\n", "r.yaml: not valid YAML: unacceptable character #x0007"),
-        ("data.chat_template_kwargs: {a: " + "[" * 500, "r.yaml: not valid YAML: nested too deeply"),
+        ("data.chat_template_kwargs: {a: " + "[" * 20_000, "r.yaml: not valid YAML: nested too deeply"),
     ],
 )
 def test_file_errors_name_the_line(refused, text, message):

@@ -26,7 +26,7 @@ from tract_fast.checkpoint import Progress
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
 from tract_fast.errors import RunStopped, UserError
-from tract_fast.loss import TractLoss
+from tract_fast.loss import SampledTractLoss, TractLoss
 from tract_fast.prepare import Prepared, prepare
 from tract_fast.recipe import Recipe
 from tract_fast.shard import Ranks
@@ -307,13 +307,14 @@ def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batc
     return examples, packed[job.ranks.rank], norm
 
 
-def tally(out: TractLoss, batch: batches.Batch) -> Tensor:
+def tally(out: TractLoss | SampledTractLoss, batch: batches.Batch) -> Tensor:
     """(8,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, entries of a sampled
     gradient, its added variance times the rows, a free place."""
     error = out.expected_score - batch.score_targets
     none = error.new_zeros(())
     parts = [out.loss.detach(), out.nll.sum(), error.square().sum(), error.abs().sum(), out.score_mass.sum()]
-    parts += [none, none] if out.entries is None else [out.entries.sum(), out.added_variance * len(out.nll)]
+    drawn = isinstance(out, SampledTractLoss)
+    parts += [out.entries.sum(), out.added_variance * len(out.nll)] if drawn else [none, none]
     return torch.stack([p.double() for p in (*parts, none)])
 
 

@@ -186,7 +186,7 @@ BAD_OPTIONS = [
     ("logit_scale", None, "finite"),
     ("logit_scale", torch.tensor(1.0), "finite"),
     ("normalize", "digits", "'scores' or 'vocab'"),
-    ("gradient", "sampled", "'exact'"),
+    ("gradient", "drawn", "'exact' or 'sampled'"),
     ("implementation", "eager", "'auto' or 'reference' or 'chunked' or 'fused'"),
     ("eps", 2**-10, "None"),
     ("memory_budget", 0, "above 0"),

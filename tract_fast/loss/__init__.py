@@ -16,11 +16,11 @@ from torch import Tensor
 
 from tract_fast.loss.choice import choose
 from tract_fast.loss.chunked import chunked_loss
-from tract_fast.loss.reference import IGNORE_INDEX, TractLoss, reference_loss
+from tract_fast.loss.reference import IGNORE_INDEX, SampledTractLoss, TractLoss, reference_loss
 from tract_fast.loss.sampled import EPS, sampled_loss
 from tract_fast.loss.terms import RowStats, compute_dtype, op_arguments, result
 
-__all__ = ["TractLoss", "linear_tract_loss"]
+__all__ = ["SampledTractLoss", "TractLoss", "linear_tract_loss"]
 
 MIN_EPS = 2.0**-20
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,7 +47,7 @@ def linear_tract_loss(
     memory_budget: int | None = None,
     seed: int | None = None,
     check: bool = False,
-) -> TractLoss:
+) -> TractLoss | SampledTractLoss:
     """Regression-aware fine-tuning loss of a language-model head (CoT-RAFT, arXiv 2503.04381), from hidden states.
 
     With ``z_i = softcap(logit_scale * (hidden_i @ weight.T + bias))``::
@@ -96,7 +96,8 @@ def linear_tract_loss(
     Targets, values and weights may also be float64 when ``hidden`` is.
 
     Returns:
-        TractLoss. Gradients flow from ``loss`` into hidden, weight and bias.
+        TractLoss; SampledTractLoss where the gradient was sampled. Gradients flow from ``loss`` into hidden, weight and
+        bias.
 
     Raises:
         ValueError: an argument has a wrong type, shape, dtype, device or value; the message names it.
@@ -137,7 +138,8 @@ def linear_tract_loss(
     args = op_arguments(hidden, weight, bias, targets, **options, vocab=normalize == "vocab", budget=memory_budget)
     if gradient == "sampled" and (args.need_dx or args.need_dw or args.need_db):
         loss, *rest = sampled_loss(*args, EPS if eps is None else float(eps), seed_tensor(seed))
-        return result(loss, RowStats(*rest[:5]), args.score_rows, entries=rest[9], added_variance=rest[10])
+        found = result(loss, RowStats(*rest[:5]), args.score_rows)
+        return SampledTractLoss(*found, entries=rest[9].detach(), added_variance=rest[10].detach())
     loss, *stats = operator(name)(*args)[:6]
     return result(loss, RowStats(*stats), args.score_rows)
 

@@ -40,11 +40,21 @@ class TractLoss(NamedTuple):
     """(B,): probability that the softmax over the vocabulary gives the score tokens together."""
     score_probs: Tensor
     """(B, K): probability of each score token, under the normalisation that was asked for."""
-    entries: Tensor | None = None
-    """(N,) int32, of a sampled gradient: how many entries of dZ each row's list has."""
-    added_variance: Tensor | None = None
-    """(), of a sampled gradient: an unbiased estimate of the variance that drawing adds to dX over the rows, as a share
-    of the squared norm of dX; 0 where hidden is frozen."""
+
+
+class SampledTractLoss(NamedTuple):
+    """What ``linear_tract_loss`` returns where it sampled the gradient: ``TractLoss`` and what is known of the draw."""
+
+    loss: Tensor
+    nll: Tensor
+    expected_score: Tensor
+    score_mass: Tensor
+    score_probs: Tensor
+    entries: Tensor
+    """(N,) int32: how many entries of dZ each row's list has."""
+    added_variance: Tensor
+    """(): an estimate of the variance that drawing adds to dX over the rows, as a share of the squared norm of dX; 0
+    where hidden is frozen."""
 
 
 def reference_loss(

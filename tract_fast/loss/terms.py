@@ -170,8 +170,7 @@ def total_loss(stats: RowStats, a: Arguments) -> Tensor:
     return (a.row_weights * stats.nll).sum() + (a.score_weights * error.square()).sum()
 
 
-def result(loss: Tensor, stats: RowStats, score_rows: Tensor, **sampled: Tensor) -> TractLoss:
-    """What the caller gets: per-row statistics read at the score rows; ``sampled``: what only that gradient has."""
+def result(loss: Tensor, stats: RowStats, score_rows: Tensor) -> TractLoss:
+    """What the caller gets: per-row statistics read at the score rows."""
     nll, _, expected, mass, probs = (x.detach() for x in stats)
-    sampled = {name: x.detach() for name, x in sampled.items()}
-    return TractLoss(loss, nll, expected[score_rows], mass[score_rows], probs[score_rows], **sampled)
+    return TractLoss(loss, nll, expected[score_rows], mass[score_rows], probs[score_rows])
