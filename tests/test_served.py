@@ -236,7 +236,9 @@ def test_ended_while_a_request_hangs_what_was_done_is_there(trained, stand, tmp_
         str(out),
     ]
     command += ["--backend", stand.address, "--max_new_tokens", "16", "--batch", "4"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    listens = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job would not  # noqa: E731
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, preexec_fn=listens, **pipes)
     written = out / "predictions.jsonl"
     lines = lambda: written.read_text().splitlines() if written.exists() else []  # noqa: E731
     begin = time.monotonic()

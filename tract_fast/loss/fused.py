@@ -174,7 +174,7 @@ def vocabulary_sums(a: Arguments, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("tract_fast::fused_loss", mutates_args=(), schema=OP_SCHEMA)
 def fused_loss(*args) -> tuple[Tensor, ...]:
-    """(loss, *RowStats, unit, top, *Coefficients) of ``Arguments``, all O(N); at least one row."""
+    """(loss, *RowStats, unit, top, factor, label, scores) of ``Arguments``, all O(N); at least one row."""
     a = Arguments(*args)
     a = a._replace(hidden=a.hidden.contiguous(), weight=a.weight.contiguous())
     terms, stats = row_terms(a), new_stats(a)
@@ -184,7 +184,7 @@ def fused_loss(*args) -> tuple[Tensor, ...]:
         at = finish(top, others, picked, terms, stats, a)
         at = at._replace(label=at.label * slopes.label, scores=at.scores * slopes.scores)
         loss = total_loss(stats, a)
-    return loss, *stats, terms.unit, top, *at
+    return loss, *stats, terms.unit, top, at.factor, at.label, at.scores
 
 
 @fused_loss.register_fake
