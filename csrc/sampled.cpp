@@ -26,19 +26,19 @@ int64_t draw_row(const RowPass& p, const Lists& lists, const Coefficients& c, co
   const double kappa = std::fabs(c.kappa);
   if (!(kappa > 0.0 && c.others > 0.0 && std::isfinite(kappa) && std::isfinite(c.lse))) return 0;
   const int64_t room = lists.most - p.n_tokens - 1;  // the label's is the 1
-  const double e = lists.eps * std::min(1.0, lists.reference / kappa), shift = c.lse + std::log(e);
-  // a list fits without a look at the row, or how long it may become is counted first: of the row alone, not of the draw
-  bool fits = lists.most > p.n_vocab || OVER * c.others / e <= static_cast<double>(room - (EXTRA - 1));
+  double e = lists.eps * std::min(1.0, lists.reference / kappa);
+  const auto shift_of = [&](double threshold) {
+    return static_cast<float>(std::round((c.lse + std::log(threshold)) * STEPS) / STEPS);
+  };
+  // Where the bound does not say that the list fits, the longest one is counted; where that does not fit, the threshold
+  // becomes the one of the bound. Both are of the row alone, not of the draw.
+  const double sure = OVER * c.others / static_cast<double>(room - (EXTRA - 1));
+  if (lists.most <= p.n_vocab && e < sure && s.longest(p, shift_of(e), row) > room) e = sure;
   const auto start = static_cast<uint32_t>(lists.starts[row]);
-  int32_t* columns = lists.columns + row * lists.most;
-  float* ratios = lists.values + row * lists.most;
-  for (int doublings = 0;; ++doublings) {
-    const auto rounded = static_cast<float>(std::round((shift + doublings * std::log(2.0)) * STEPS) / STEPS);
-    if (!fits && s.longest(p, rounded, row) > room) continue;
-    const int64_t count = s.draw(p, rounded, start, row, columns, ratios, room);
-    if (count >= 0) return count;
-    fits = false;  // logits that float32 does not resolve: the bound's rounding was a lie
-  }
+  int64_t count = s.draw(p, shift_of(e), start, row, lists.columns + row * lists.most,
+                         lists.values + row * lists.most, room);
+  // more than the bound only where float32 does not resolve the logits (of 1e5 and more): such a row has no draw
+  return std::max<int64_t>(count, 0);
 }
 
 // What the listed columns of a row need of W, from which 16-bit logits are computed again.

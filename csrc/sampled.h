@@ -10,8 +10,8 @@
 // exactly. Derivation and measurements: docs/sampled-gradient.md.
 //
 // The list of a row has at most K + 3 + 1.07 m / e entries (m: the probability of all other columns). Where that would not
-// fit, the longest list of the row is counted, and its threshold doubled until it does: nothing is ever cut, and the
-// threshold depends on the row alone, not on its draw.
+// fit, the longest list of the row is counted (a third read of its logits), and if that does not fit either the threshold
+// raised to that of the bound: nothing is ever cut, and the threshold depends on the row alone, not on its draw.
 //
 // Numerics: as row_pass.h; a listed value in float64, its logit in float32, products summed in float32. 16-bit logits are
 // computed again from X and W for the listed columns, and those that are listed for certain replace what they were in the
@@ -43,7 +43,7 @@ struct Operands {
   const void *x, *weight;
   int64_t width, x_stride, w_stride;
   void* dx;               // (n, width), or null; and with it, of each row of dX,
-  float *spread, *norm;   // (n): an unbiased estimate of the variance of its draw, its squared norm
+  float *spread, *norm;   // (n): the variance of its draw, without covariances, its squared norm
 };
 
 struct Products {

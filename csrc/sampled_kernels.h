@@ -29,10 +29,18 @@ int64_t longest(const RowPass& p, float shift, int64_t row) {
   for (int64_t begin = 0; begin < p.n_vocab; begin += BLOCK) {
     const int64_t n = p.n_vocab - begin < BLOCK ? p.n_vocab - begin : BLOCK;
     transform(p, row_of<T>(p, row) + begin, begin, n, z, nullptr);
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t f = proposal(z[i] - shift);
-      kept += f == KEPT;
-      sum += f == KEPT ? 0 : f;
+    for (int64_t group = 0; group < n; group += GROUP) {
+      const int64_t end = n - group < GROUP ? n : group + GROUP;
+      uint32_t certain = 0, low = 0, high = 0;  // halves, whose sums over a group fit 32 bits
+#pragma omp simd reduction(+ : certain, low, high)
+      for (int64_t i = group; i < end; ++i) {
+        const uint32_t f = proposal(z[i] - shift), counted = f == KEPT ? 0u : f;
+        certain += f == KEPT;
+        low += counted & 0xffffu;
+        high += counted >> 16;
+      }
+      kept += certain;
+      sum += (uint64_t{high} << 16) + low;
     }
   }
   return kept + static_cast<int64_t>(sum >> 31) + 1;

@@ -22,7 +22,7 @@ from tests.loss_problems import UPSTREAM, closed_form, gradients, problem, probl
 from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import linear_tract_loss, train
 from tract_fast.loss import TractLoss, native, sampled
-from tract_fast.loss.sampled import OVER, list_length, proposals, starts
+from tract_fast.loss.sampled import list_length, proposals, starts
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NATIVE = native.missing() is None
@@ -92,7 +92,7 @@ def test_the_mean_of_many_draws_is_the_exact_gradient(products, form, dtype):
             continue
         whole = closed_form(p)[1][name]
         miss = np.linalg.norm(found[name].double().numpy() - whole) / np.linalg.norm(whole)
-        assert miss < 20 / math.sqrt(n), name
+        assert miss < (0.02 if dtype == torch.bfloat16 else 0.5 / math.sqrt(n)), name
     single = np.linalg.norm(dx - exact["hidden"], axis=(1, 2)) / np.linalg.norm(exact["hidden"])
     assert np.linalg.norm(mean - exact["hidden"]) / np.linalg.norm(exact["hidden"]) < 6 * single.mean() / math.sqrt(n)
 
@@ -223,7 +223,7 @@ def test_proposals_are_never_too_small_nor_too_large():
     f, exact = proposals(a).double(), torch.exp(a.double()) * 2**31
     assert ((f >= exact * (1 - 2e-6) - 1) & (f <= exact * 1.0616 + 1)).all()
     assert f.max() < 2**31
-    assert (f.max(), f.min()) > (OVER, 0)
+    assert f.min() >= 1
     assert proposals(torch.tensor([-50.0, -math.inf])).tolist() == [1, 1]
 
 
@@ -286,8 +286,46 @@ def test_a_broken_row_breaks_the_loss(products):
     assert found["hidden"][[0, 3]].isfinite().all()
 
 
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column"])
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_any_strides(products, name, layout):
+    p = rounded(problem(n=6, v=90, d=6, seed=6), torch.float32)
+    if layout == "expanded":
+        p[name][:] = p[name][0]
+    args = tensors(p, torch.float32) | {"gradient": "sampled", "eps": 2.0**-5, "seed": 1}
+    out, plain = gradients(args, 1.0, "auto")
+    x = torch.from_numpy(p[name]).float()
+    wide = torch.stack([x, x], 2).flatten(1)
+    odd = {"transposed": x.t().contiguous().t(), "expanded": x[:1].expand(x.shape), "every other column": wide[:, ::2]}
+    args = tensors(p, torch.float32) | {"gradient": "sampled", "eps": 2.0**-5, "seed": 1}
+    args[name] = odd[layout].detach().requires_grad_()
+    other, found = gradients(args, 1.0, "auto")
+    assert torch.equal(out.entries, other.entries)
+    for key in found:
+        torch.testing.assert_close(found[key], plain[key])
+
+
+@pytest.mark.parametrize("size", [1e9, 1e20])
+def test_logits_that_nothing_resolves_end(products, size):
+    """Equal columns, as padding of the vocabulary has them, far above all thresholds: no draw, and no hang."""
+    p = problem(n=3, v=3000, d=4, b=0, seed=3, ignored=0.0, weights=False, bias=False)
+    p["weight"][:] = 1.0
+    p["hidden"][:] = size
+    out, _ = sampled_gradients(p, eps=2.0**-5)
+    assert out.entries.max() <= list_length(3000, 3, 2.0**-5)
+
+
+def test_a_coefficient_a_billion_times_the_others_fits(products):
+    p = problem(n=4, v=20000, d=8, k=3, b=2, seed=2, spread=1.0, ignored=0.0, normalize="vocab")
+    p["row_weights"] = np.full(4, 1e-12)
+    p["score_weights"] = np.ones(2)
+    out, found = sampled_gradients(p)
+    assert out.entries.max() <= list_length(20000, 3, sampled.EPS)
+    assert found["weight"].isfinite().all()
+
+
 def test_huge_logits_fit_their_lists(products):
-    """Where float32 does not resolve the logits, the threshold rises until the list fits."""
+    """Where float32 does not resolve the logits, a list has what is certain and nothing else."""
     p = problem(n=3, v=3000, d=4, b=0, seed=3, ignored=0.0, weights=False, bias=False)
     p["weight"][:] = 1.0
     p["hidden"][:] = 3e6

@@ -9,8 +9,9 @@ again and GEMMs follow, so nothing is saved).
 The lists are a function of the logits and the seed. Row i of a call starts at a hash of (seed, i); a row whose list
 might not fit raises its threshold, so that none is ever cut and no size waits for the device.
 
-Cost: 2 N V D FLOP, two reads of the logits, and about 4 D FLOP per listed entry (86 a row at eps = 2^-10 on real
-rationales, where V = 49152). Memory: C V logits, and N (K + 3 + 1.07 / eps) places of 8 bytes.
+Cost: 2 N V D FLOP, two reads of the logits (a third of rows with a large coefficient), and about 4 D FLOP per listed
+entry (93 a row at eps = 2^-10 on real rationales, where V = 49152). Memory: C V logits, and N (K + 3 + 1.07 / eps)
+places of 8 bytes.
 """
 
 from __future__ import annotations
@@ -37,12 +38,11 @@ from tract_fast.loss.terms import (
     used_rows,
 )
 
-EPS = 2.0**-10  # adds 5e-5 to the variance of the gradient of real rationales (docs/sampled-gradient.md)
+EPS = 2.0**-10  # adds 7e-5 to the variance of the cross-entropy's gradient (real rationales; docs/sampled-gradient.md)
 EXTRA, OVER, STEPS = 3, 1.07, 256  # csrc/sampled.h
 ONE = 2**31
 LOWEST, PER_NAT = -21.487562, 12102203.0  # -31 ln 2, 2^23 / ln 2
 BLOCK = 2**22  # elements at a time, in PyTorch
-DOUBLINGS = 24  # of a threshold at least 2^-20 of a larger coefficient's share, at most
 
 SCHEMA = (
     OP_SCHEMA.partition(") -> (")[0] + f", float eps, Tensor seed) -> ({', '.join(['Tensor'] * 12)})"
@@ -72,6 +72,7 @@ def sampled_loss(*args) -> tuple[Tensor, ...]:
     """
     *args, eps, seed = args
     a = Arguments(*args)
+    a = a._replace(hidden=a.hidden.contiguous(), weight=a.weight.contiguous())
     n, n_vocab = len(a.hidden), len(a.weight)
     step = _rows_at_once(a)
     terms, stats = row_terms(a), new_stats(a)
@@ -224,21 +225,25 @@ def draw(
     size = kappa.abs().double()
     e = eps * (reference / size).clamp(max=1.0)
     draws = terms.used & (size > 0) & (others > 0) & size.isfinite() & lse.isfinite()
-    shift = lse.double() + e.log()
-    doublings = torch.zeros_like(shift)
-    for _ in range(DOUBLINGS):  # the threshold depends on the row alone, not on the draw
-        rounded = (((shift + doublings * math.log(2)) * STEPS).round() / STEPS).float()[:, None]
-        distance = z - rounded
-        kept = (distance >= 0) & ~taken
-        f = proposals(distance.masked_fill(taken, float("-inf"))).masked_fill_(kept, 0)
-        too_long = kept.sum(1) + (f.sum(1) >> 31) + 1 > room
-        if most > z.shape[1] or (z.device.type == "cpu" and not too_long.any()):
-            break
-        doublings += too_long
+    kept, f = proposed(z, taken, e, lse)
+    if most <= z.shape[1]:  # the threshold depends on the row alone, not on the draw
+        sure = OVER * others.double() / (room - (EXTRA - 1))
+        too_long = (e < sure) & (kept.sum(1) + (f.sum(1) >> 31) + 1 > room)
+        kept, f = proposed(z, taken, torch.where(too_long, sure, e), lse)
     after = f.cumsum(1) + begins[:, None]
     chosen = kept | ((after >> 31) != ((after - f) >> 31))
     chosen &= ~taken & draws[:, None]
+    # more than the bound only where float32 does not resolve the logits (of 1e5 and more): such a row has no draw
+    chosen &= (chosen.sum(1) <= room)[:, None]
     return chosen, torch.where(kept, 1.0, ONE / f.clamp(min=1).float())
+
+
+def proposed(z: Tensor, taken: Tensor, e: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """((n, V) bool: listed for certain at thresholds ``e`` (n,), (n, V) int64: ``proposals`` of the others)."""
+    shift = (((lse.double() + e.log()) * STEPS).round() / STEPS).float()[:, None]
+    distance = z - shift
+    kept = (distance >= 0) & ~taken
+    return kept, proposals(distance.masked_fill(taken, float("-inf"))).masked_fill_(kept, 0)
 
 
 def _exact(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
@@ -316,7 +321,9 @@ def sampled_backward(
     db = dx.new_empty(n_vocab if need_db else 0)
     with torch.autocast(dx.device.type, enabled=False):
         if need_dw or need_db:
-            x = read(hidden, used_rows(labels, score_rows)) if need_dw else hidden.new_zeros(len(counts), 0)
+            x = hidden.new_zeros(len(counts), 0)
+            if need_dw:
+                x = read(hidden, used_rows(labels, score_rows)).contiguous()
             products = native.sampled_weight if _native(dx) else sampled_weight
             products(lists, x, scale, dw, db, n_vocab)
         return scaled(dx, scale, dx.dtype), dw, db
