@@ -101,7 +101,7 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
         kept = 1.0 if every == "full" else 1.0 / int(every)
         per_token = blocks * (kept * between_blocks + (1 - kept) * in_block) + in_block
     device = local_device()
-    implementation, _ = choose_loss(recipe.loss.implementation, DTYPES[recipe.model.dtype], device, config)
+    implementation, _ = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, config)
     masters = 4 * trained
     activations = int(per_token * step.max_tokens)
     parts = {
@@ -167,7 +167,7 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
     console.rule("plan")
     first, last = (optim.learning_rate(s, step.steps, recipe.train) for s in (0, step.steps - 1))
     device = local_device()
-    loss, why = choose_loss(recipe.loss.implementation, DTYPES[recipe.model.dtype], device, data.config)
+    loss, why = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, data.config)
     name, reason = choose_attention(recipe.model, data.config, device)
     sequences = min(recipe.train.batch, len(data.train))
     console.print(

@@ -62,44 +62,30 @@ def run(
     prompts_at_once(batch, 1 if teacher_forced else settings.n)
     make_folder(out, "--out")
     with closing(Judge.from_pretrained(model, backend=backend, dtype=dtype, say=say)) as judge:
-        return _run(judge, model, source, out, settings, teacher_forced, batch, calibrate, say)
-
-
-def _run(
-    judge: Judge,
-    model: str,
-    source: Source,
-    out: Path,
-    settings: Sampling,
-    teacher_forced: bool,
-    batch: int,
-    calibrate: Path | None,
-    say: Say,
-) -> dict:
-    rationales = "none" if not judge.writes else "given" if teacher_forced else "generated"
-    generated = rationales == "generated"
-    if not generated:
-        settings = replace(settings, n=1)
-    rationale = "keep" if rationales == "given" else "drop"
-    examples, left_out = read_examples(judge, source, held_out=True, rationale=rationale, say=say)
-    if rationales == "given":
-        items = [Item(e.id, e.prompt, e.rationale, e.score, e.question) for e in examples]
-    else:
-        items = by_prompt(examples)
-    new_tokens = settings.max_new_tokens if generated else 0
-    items = render(judge, items[: source.limit], new_tokens, skip=source.skip, left_out=left_out, say=say)
-    made = {"judge_fingerprint": judge.fingerprint(), "rationales": rationales}
-    other = calibration_data(calibrate, {item.question for item in items}, made) if calibrate else None
-    decoded = "what the sample says" if generated else "the likeliest label"
-    say(f"rationales: {rationales}, {settings.n} a prompt; decoded is {decoded}")
-    records, job = judge_all(judge, items, settings, out, batch=batch, rationales=rationales, say=say)
-    metrics = summary(records) | {"readings": readings(records, judge.scale.values), **reliability(records)}
-    if other:
-        metrics["calibrated"] = {"fitted_on": str(calibrate), **calibrated(records, other)}
-    metrics |= {"left_out": left_out, "model": model, **asdict(source), **job}
-    replace_file(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
-    plot_scores({"expected score": records}, out / "scores.png")
-    return metrics
+        rationales = "none" if not judge.writes else "given" if teacher_forced else "generated"
+        generated = rationales == "generated"
+        if not generated:
+            settings = replace(settings, n=1)
+        rationale = "keep" if rationales == "given" else "drop"
+        examples, left_out = read_examples(judge, source, held_out=True, rationale=rationale, say=say)
+        if rationales == "given":
+            items = [Item(e.id, e.prompt, e.rationale, e.score, e.question) for e in examples]
+        else:
+            items = by_prompt(examples)
+        new_tokens = settings.max_new_tokens if generated else 0
+        items = render(judge, items[: source.limit], new_tokens, skip=source.skip, left_out=left_out, say=say)
+        made = {"judge_fingerprint": judge.fingerprint(), "rationales": rationales}
+        other = calibration_data(calibrate, {item.question for item in items}, made) if calibrate else None
+        decoded = "what the sample says" if generated else "the likeliest label"
+        say(f"rationales: {rationales}, {settings.n} a prompt; decoded is {decoded}")
+        records, job = judge_all(judge, items, settings, out, batch=batch, rationales=rationales, say=say)
+        metrics = summary(records) | {"readings": readings(records, judge.scale.values), **reliability(records)}
+        if other:
+            metrics["calibrated"] = {"fitted_on": str(calibrate), **calibrated(records, other)}
+        metrics |= {"left_out": left_out, "model": model, **asdict(source), **job}
+        replace_file(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+        plot_scores({"expected score": records}, out / "scores.png")
+        return metrics
 
 
 def by_prompt(examples: Sequence[Example]) -> list[Item]:

@@ -62,30 +62,26 @@ def run(
     """
     make_folder(out, "--out")
     with closing(Judge.from_pretrained(model, backend=settings.backend, dtype=dtype, say=say)) as judge:
-        return _run(judge, model, source, out, settings, say)
-
-
-def _run(judge: Judge, model: str, source: Source, out: Path, settings: Generate, say: Say) -> dict[str, Any]:
-    if not judge.writes:
-        raise UserError(f"{model} was trained without rationales (data.rationale: drop) and writes none")
-    examples, left_out = read_examples(judge, source, held_out=False, rationale="optional", say=say)
-    annotated = [len(e.rationale.split()) for e in examples if e.rationale]
-    items = items_of(examples[: source.limit], settings.n)
-    items = render(judge, items, settings.max_new_tokens, skip=source.skip, left_out=left_out, say=say)
-    records, job = judge_all(judge, items, settings, out, batch=settings.batch, rationales="generated", say=say)
-    found = [one for item, record in zip(items, records, strict=True) for one in written(item, record)]
-    span = max(judge.scale.values) - min(judge.scale.values)
-    usual = statistics.median(annotated) if annotated else None
-    faults = [list(faults_of(one, usual, span, settings.max_new_tokens)) for one in found]
-    kept = [one for one, own in zip(found, faults, strict=True) if not {"empty", *settings.drop} & set(own)]
-    labels = dict(zip(judge.scale.values, judge.scale.labels, strict=True))
-    replace_file(out / RATIONALES, "".join(line(as_record(example(one, settings.n), labels)) for one in kept))
-    health = health_of(found, faults, annotated) | {"kept": len(kept), "dropped_for": ["empty", *settings.drop]}
-    health |= {"left_out": left_out, "model": model, "data": source.data, **job}
-    replace_file(out / HEALTH, json.dumps(health, indent=2) + "\n")
-    if not kept:
-        raise UserError(f"none of {len(found)} rationales is left: see {out / HEALTH}")
-    return health
+        if not judge.writes:
+            raise UserError(f"{model} was trained without rationales (data.rationale: drop) and writes none")
+        examples, left_out = read_examples(judge, source, held_out=False, rationale="optional", say=say)
+        annotated = [len(e.rationale.split()) for e in examples if e.rationale]
+        items = items_of(examples[: source.limit], settings.n)
+        items = render(judge, items, settings.max_new_tokens, skip=source.skip, left_out=left_out, say=say)
+        records, job = judge_all(judge, items, settings, out, batch=settings.batch, rationales="generated", say=say)
+        found = [one for item, record in zip(items, records, strict=True) for one in written(item, record)]
+        span = max(judge.scale.values) - min(judge.scale.values)
+        usual = statistics.median(annotated) if annotated else None
+        faults = [list(faults_of(one, usual, span, settings.max_new_tokens)) for one in found]
+        kept = [one for one, own in zip(found, faults, strict=True) if not {"empty", *settings.drop} & set(own)]
+        labels = dict(zip(judge.scale.values, judge.scale.labels, strict=True))
+        replace_file(out / RATIONALES, "".join(line(as_record(example(one, settings.n), labels)) for one in kept))
+        health = health_of(found, faults, annotated) | {"kept": len(kept), "dropped_for": ["empty", *settings.drop]}
+        health |= {"left_out": left_out, "model": model, "data": source.data, **job}
+        replace_file(out / HEALTH, json.dumps(health, indent=2) + "\n")
+        if not kept:
+            raise UserError(f"none of {len(found)} rationales is left: see {out / HEALTH}")
+        return health
 
 
 def items_of(examples: Sequence[Example], n: int) -> list[Item]:

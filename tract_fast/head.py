@@ -13,16 +13,20 @@ from torch import Tensor, nn
 from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
 from tract_fast.errors import UserError
-from tract_fast.loss import TractLoss, linear_tract_loss
+from tract_fast.loss import TractLoss, linear_tract_loss, native
 from tract_fast.loss.choice import choose
+from tract_fast.sections import Loss
 
 
-def choose_loss(implementation: str, dtype: torch.dtype, device: torch.device, config) -> tuple[str, str]:
+def choose_loss(loss: Loss, dtype: torch.dtype, device: torch.device, config) -> tuple[str, str]:
     """(implementation of the loss that a run takes, reason). Raises UserError where the setting cannot work."""
     text = config.get_text_config()
+    if loss.gradient == "sampled":
+        fast = device.type == "cpu" and native.runs(dtype)
+        return "chunked", "sampled gradient, in C++" if fast else "sampled gradient, in PyTorch: slower than exact here"
     try:
         return choose(
-            implementation, device_type=device.type, dtype=dtype, n_vocab=text.vocab_size, width=text.hidden_size
+            loss.implementation, device_type=device.type, dtype=dtype, n_vocab=text.vocab_size, width=text.hidden_size
         )
     except ValueError as error:
         raise UserError(f"loss.{error}".replace("'", "")) from error

@@ -262,7 +262,7 @@ def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.de
     dtype = DTYPES[recipe.model.dtype]
     name, reason = choose_attention(recipe.model, config, device)
     say(f"attention: {name} ({reason})")
-    implementation, reason = choose_loss(recipe.loss.implementation, dtype, device, config)
+    implementation, reason = choose_loss(recipe.loss, dtype, device, config)
     say(f"loss: {implementation} ({reason})")
     stored = dtype if recipe.lora.rank else torch.float32
     lm = load_lm(recipe.model, dtype=stored, attention_name=name, config=config)

@@ -49,7 +49,7 @@ def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
     """Read, split and encode the data; ``say`` receives one line per fact worth knowing. Raises UserError."""
     config = load_config(recipe.model)
     # refuses what cannot run, before any work
-    choose_loss(recipe.loss.implementation, DTYPES[recipe.model.dtype], local_device(), config)
+    choose_loss(recipe.loss, DTYPES[recipe.model.dtype], local_device(), config)
     left_out: list[dict[str, str]] = []
     train, held_out = _read(recipe, say, left_out)
     tokenizer = load_tokenizer(recipe.model)

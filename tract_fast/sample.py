@@ -53,10 +53,14 @@ class Sampled:
     width: int  # P
 
 
+def sample_key(seed: int, prompt: str, draw: int) -> bytes:
+    """32 bytes that name a sample: its random numbers are made of them, wherever it is drawn."""
+    return hashlib.sha256(f"{seed} {draw} {prompt}".encode("utf-8", "surrogatepass")).digest()
+
+
 def uniforms(seed: int, prompt: str, draw: int, count: int) -> np.ndarray:
     """``count`` numbers in [0, 1), float64, that only these arguments decide."""
-    digest = hashlib.sha256(f"{seed} {draw} {prompt}".encode("utf-8", "surrogatepass")).digest()
-    return np.random.default_rng(np.frombuffer(digest, dtype=np.uint32)).random(count)
+    return np.random.default_rng(np.frombuffer(sample_key(seed, prompt, draw), dtype=np.uint32)).random(count)
 
 
 class RoomyLayer(DynamicLayer):
@@ -150,8 +154,14 @@ def take_end_tokens(lm: nn.Module, eos_id: int) -> list[int]:
 
     Those settings are emptied: transformers would take from them whatever ours leave open.
     """
-    own = lm.generation_config.eos_token_id
+    ends = end_tokens(lm.generation_config, eos_id)
     lm.generation_config = GenerationConfig()
+    return ends
+
+
+def end_tokens(settings: GenerationConfig | None, eos_id: int) -> list[int]:
+    """Tokens that end a reply: the judge's, and those of a model's own generation settings."""
+    own = settings.eos_token_id if settings else None
     return sorted({eos_id, *([own] if isinstance(own, int) else own or [])})
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from tract_fast.judge import Judge, Judgement, prompts_at_once
 from tract_fast.loading import Opened, Say, load_weights
 from tract_fast.model import locate
 from tract_fast.recipe import Model, Sampling
-from tract_fast.sample import cut_at_score
+from tract_fast.sample import cut_at_score, end_tokens, sample_key
 from tract_fast.server import Sample, Server
 from tract_fast.shard import local_device
 from tract_fast.threads import in_order
@@ -42,11 +43,12 @@ NAMED = {  # settings that a request names, or that change no sample
 def served_judge(opened: Opened, backend: str, *, dtype: str, device, say: Say) -> ServedJudge:
     """The judge behind ``backend``: ``vllm`` or an address. Raises UserError where there is no such server."""
     process = None
-    if is_vllm(backend):
-        process = Vllm(opened, backend, dtype, say)
-    elif not backend.startswith(("http://", "https://")):
+    if not is_vllm(backend) and not backend.startswith(("http://", "https://")):
         raise UserError(f"backend = {backend}: must be auto, vllm, or the address of a server, http://HOST:PORT")
-    try:
+    with ExitStack() as started:  # ended with whatever goes wrong from here on
+        if is_vllm(backend):
+            process = Vllm(opened, backend, dtype, say)
+            started.callback(process.end)
         server = Server(process.url, process.key) if process else Server(backend)
         say(f"backend: {server}")
         if server.kind == "transformers":
@@ -60,11 +62,9 @@ def served_judge(opened: Opened, backend: str, *, dtype: str, device, say: Say) 
             say("scores: read here, by the judge's own weights, since the server gives no log-probabilities of tokens")
             chosen = torch.device(device) if device else local_device()
             reader = Judge(load_weights(opened, dtype, chosen, say), opened.tokenizer, opened.scale, opened.about)
-        return ServedJudge(opened, server, reader, process)
-    except BaseException:
-        if process:
-            process.end()
-        raise
+        judge = ServedJudge(opened, server, reader, process)
+        started.pop_all()
+        return judge
 
 
 class ServedJudge(Judge):
@@ -81,7 +81,7 @@ class ServedJudge(Judge):
         written = process.dtype if process else "its own dtype"
         self.dtype = f"{server.kind}: {written}" + (f", scores in {reader.dtype}" if reader else "")
         self.device = reader.device if reader else torch.device("cpu")
-        self.ends = _end_tokens(opened)
+        self.ends = end_tokens(_generation_config(opened), self.scale.eos_id)
         self._check_tokens()
 
     def _check_tokens(self) -> None:
@@ -161,13 +161,6 @@ class ServedJudge(Judge):
         return hashlib.sha256(repr((*parts, name, read)).encode()).hexdigest()[:16]
 
 
-def _end_tokens(opened: Opened) -> list[int]:
-    """What ends a reply: the tokenizer's end token, and those that the model's own settings name."""
-    found = _generation_config(opened)
-    own = found.eos_token_id if found else None
-    return sorted({opened.scale.eos_id, *([own] if isinstance(own, int) else own or [])})
-
-
 def _generation_config(opened: Opened) -> GenerationConfig | None:
     """The settings beside a model's weights; None where there are none."""
     source = locate(Model(path=opened.source))["pretrained_model_name_or_path"]
@@ -209,5 +202,4 @@ def weights_digest(opened: Opened) -> str:
 
 def seed_of(seed: int, prompt: str, draw: int) -> int:
     """A seed of 63 bits that only these arguments decide."""
-    digest = hashlib.sha256(f"{seed} {draw} {prompt}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return int.from_bytes(sample_key(seed, prompt, draw)[:8], "little") >> 1

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 from tract_fast.errors import RunStopped, UserError
@@ -82,11 +83,10 @@ class Vllm:
             )
         watch = [sys.executable, "-S", "-c", WATCH, str(self.process.pid)]
         self.watch = subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
-        try:
+        with ExitStack() as started:  # ended with whatever goes wrong while it loads
+            started.callback(self.end, keep_log=True)
             self._wait()
-        except BaseException:
-            self.end(keep_log=True)
-            raise
+            started.pop_all()
 
     def _wait(self) -> None:
         begin = time.monotonic()

@@ -1,6 +1,7 @@
 // The row pass without Python: every variant that runs here against plain float64 formulas, for sizes around the vector
 // and block lengths, rows that are not aligned, rows shared by threads, and values that are not finite.
 
+#include "expect.h"
 #include "row_pass.h"
 #include "scratch.h"
 
@@ -18,14 +19,6 @@
 using namespace tract_fast;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
 
 float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
 uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16); }  // for inputs

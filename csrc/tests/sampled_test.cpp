@@ -3,6 +3,8 @@
 
 #include "sampled.h"
 
+#include "expect.h"
+
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -15,14 +17,6 @@
 using namespace tract_fast;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const std::string& what) {
-  if (condition) return;
-  std::printf("FAILED: %s\n", what.c_str());
-  ++failures;
-}
 
 // One row of float32 logits with a label and two score tokens, and what the kernels need of it.
 struct Problem {

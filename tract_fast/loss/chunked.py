@@ -171,9 +171,7 @@ def chunked_backward(
             grad_w = native.scratch(dz, dz.shape[1], hidden.shape[1])
             torch.mm(dz.t(), scaled(read(hidden, used), scale, hidden.dtype), out=grad_w)
         else:
-            grad_w = scaled(
-                dw, scale, dtype, native.scratch(dx, *dw.shape) if dw.numel() and dx.dtype == dtype else None
-            )
+            grad_w = scaled(dw, scale, dtype, native.scratch(dx, *dw.shape) if len(dw) else None)
         return scaled(dx, scale, dx.dtype), grad_w, (db * scale).to(dtype)
 
 

@@ -35,7 +35,6 @@ from tract_fast.loss.terms import (
     new_stats,
     row_terms,
     total_loss,
-    used_rows,
 )
 
 EPS = 2.0**-10  # adds 7e-5 to the variance of the cross-entropy's gradient (real rationales; docs/sampled-gradient.md)
@@ -165,24 +164,25 @@ def sampled_rows(
     norm: Tensor,
 ) -> None:
     """Write ``stats`` and ``lists`` of raw ``logits`` (n, V), and ``dx`` with its ``spread`` and ``norm`` where it has
-    rows; overwrites ``logits``. ``native.sampled_rows`` is the same in C++."""
+    rows. ``native.sampled_rows`` is the same in C++, and overwrites entries of ``logits``."""
     picked, slopes = transform_picked(picked, terms.labels, a)
-    squares = (a.weight.float() ** 2).sum(1) if len(dx) else None
+    exact = logits.dtype == torch.float32
+    weight = a.weight.float() if len(dx) or not exact else a.weight
+    squares = (weight**2).sum(1) if len(dx) else None
     step = max(1, BLOCK // logits.shape[1])
     for i in range(0, len(logits), step):
         j = min(i + step, len(logits))
         part, own = terms.rows(i, j), lists.rows(i, j)
-        z = transform(logits[i:j].float(), a.bias, a)[0]
+        z, slope = transform(logits[i:j].float(), a.bias, a)
         taken = taken_out(z, part.labels, a)
         apart, mine = z.masked_fill(taken, float("-inf")), (picked.rows(i, j), part, stats.rows(i, j), a)
         top = apart.amax(1).clamp(min=torch.finfo(z.dtype).min)
         others = (apart - top[:, None]).exp().sum(1)
         at = finish(top, others, *mine)
         chosen, ratio = draw(z, taken, at.kappa, at.others, stats.lse[i:j], part, begins[i:j], reference, eps, a, own)
-        slope = transform(logits[i:j].float(), a.bias, a)[1]
-        if logits.dtype != torch.float32:
+        if not exact:  # the listed ones again, from what 16 bits hold of hidden and weight
             rounded = z
-            z, slope = transform(_exact(x[i:j], a.weight, chosen), a.bias, a)
+            z, slope = transform(torch.where(chosen, x[i:j].float() @ weight.t(), 0.0), a.bias, a)
             certain = chosen & (ratio == 1)
             change = torch.where(certain, (z - top[:, None]).exp() - (rounded - top[:, None]).exp(), 0.0).sum(1)
             at = finish(top, torch.where(others + change > 0, others + change, others), *mine)
@@ -192,10 +192,9 @@ def sampled_rows(
             spread[i:j] = (values**2 * (1 - 1 / ratio) * squares).sum(1)
         _append(own, chosen, values, at.label * slopes.label[i:j], at.scores * slopes.scores[i:j], part, a)
         if len(dx):
-            dense = densified(own, logits.shape[1])
-            exact = dense @ a.weight.float()
-            norm[i:j] = (exact**2).sum(1)
-            dx[i:j] = exact
+            found = densified(own, logits.shape[1]) @ weight
+            norm[i:j] = (found**2).sum(1)
+            dx[i:j] = found
 
 
 def taken_out(z: Tensor, labels: Tensor, a: Arguments) -> Tensor:
@@ -246,11 +245,6 @@ def proposed(z: Tensor, taken: Tensor, e: Tensor, lse: Tensor) -> tuple[Tensor, 
     return kept, proposals(distance.masked_fill(taken, float("-inf"))).masked_fill_(kept, 0)
 
 
-def _exact(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-    """(n, V) float32: raw logits computed again where ``chosen``, from what 16 bits hold of hidden and weight."""
-    return torch.where(chosen, x.float() @ weight.float().t(), 0.0)
-
-
 def _append(
     lists: Lists, chosen: Tensor, values: Tensor, label: Tensor, scores: Tensor, terms: RowTerms, a: Arguments
 ) -> None:
@@ -258,17 +252,16 @@ def _append(
     n, k = scores.shape
     count = chosen.sum(1, keepdim=True)
     most = lists.columns.shape[1]
-    spare = most  # a place for what is not listed
     columns = lists.columns.new_zeros(n, most + 1)
     entries = lists.values.new_zeros(n, most + 1)
-    place = torch.where(chosen, chosen.cumsum(1) - 1, spare)
+    place = torch.where(chosen, chosen.cumsum(1) - 1, most)  # what is not listed goes to a place beyond
     columns.scatter_(1, place, torch.arange(chosen.shape[1], device=place.device).expand_as(place).to(torch.int32))
     entries.scatter_(1, place, values)
     is_token = (a.score_token_ids == terms.labels[:, None]).any(1)
     has_own = terms.used & (terms.labels >= 0) & ~is_token
     tail = torch.cat([a.score_token_ids.expand(n, k), terms.labels[:, None]], 1)
     wanted = torch.cat([terms.used[:, None].expand(n, k), has_own[:, None]], 1)
-    place = torch.where(wanted, count + torch.arange(k + 1, device=place.device), spare)
+    place = torch.where(wanted, count + torch.arange(k + 1, device=place.device), most)
     columns.scatter_(1, place, tail.to(torch.int32))
     entries.scatter_(1, place, torch.cat([scores, label[:, None]], 1))
     lists.columns.copy_(columns[:, :most])
@@ -289,8 +282,8 @@ def _remember(ctx, inputs, output) -> None:
     unit, dx, *lists = output[6:11]
     if not (a.need_dw or a.need_db):
         lists = [x[:0] for x in lists]
-    ctx.save_for_backward(a.hidden if a.need_dw else a.hidden[:0], a.labels, a.score_rows, unit, dx, *lists)
-    ctx.n_vocab, ctx.dtype, ctx.needs = a.weight.shape[0], a.weight.dtype, (a.need_dw, a.need_db)
+    ctx.save_for_backward(a.hidden if a.need_dw else a.hidden[:0], unit, dx, *lists)
+    ctx.n_vocab, ctx.needs = a.weight.shape[0], (a.need_dw, a.need_db)
     ctx.set_materialize_grads(False)
 
 
@@ -304,8 +297,6 @@ def _backward(ctx, grad_loss: Tensor | None, *others) -> tuple[Tensor | None, ..
 def sampled_backward(
     grad_loss: Tensor,
     hidden: Tensor,
-    labels: Tensor,
-    score_rows: Tensor,
     unit: Tensor,
     dx: Tensor,
     columns: Tensor,
@@ -321,16 +312,14 @@ def sampled_backward(
     db = dx.new_empty(n_vocab if need_db else 0)
     with torch.autocast(dx.device.type, enabled=False):
         if need_dw or need_db:
-            x = hidden.new_zeros(len(counts), 0)
-            if need_dw:
-                x = read(hidden, used_rows(labels, score_rows)).contiguous()
+            x = hidden.contiguous() if need_dw else hidden.new_zeros(len(counts), 0)
             products = native.sampled_weight if _native(dx) else sampled_weight
             products(lists, x, scale, dw, db, n_vocab)
         return scaled(dx, scale, dx.dtype), dw, db
 
 
 @sampled_backward.register_fake
-def _(grad_loss, hidden, labels, score_rows, unit, dx, columns, values, counts, n_vocab, need_dw, need_db):
+def _(grad_loss, hidden, unit, dx, columns, values, counts, n_vocab, need_dw, need_db):
     width = dx.shape[1]
     dw = dx.new_empty(n_vocab if need_dw else 0, width)
     return torch.empty_like(dx), dw, dx.new_empty(n_vocab if need_db else 0)
@@ -338,6 +327,7 @@ def _(grad_loss, hidden, labels, score_rows, unit, dx, columns, values, counts, 
 
 def sampled_weight(lists: Lists, x: Tensor, scale: Tensor, dw: Tensor, db: Tensor, n_vocab: int) -> None:
     """Write dW and db, where they are not empty, of lists and X, times ``scale``."""
+    x = read(x, lists.counts > 0)  # every used row has entries
     total = x.new_zeros(n_vocab, x.shape[1], dtype=torch.float32)
     sum_of = x.new_zeros(n_vocab, dtype=torch.float32)
     step = max(1, BLOCK // n_vocab)
