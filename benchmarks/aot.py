@@ -24,7 +24,7 @@ import triton  # pip install triton, where torch did not bring it
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tract_fast.loss import fused, triton_rows
+from tract_fast.loss import fused, sampled, triton_rows, triton_sampled
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MATRIX_UNITS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}  # what a 16-bit tl.dot must become
@@ -58,9 +58,32 @@ def cases():
             name = f"{options}, {sizes}, {'vocab' if vocab else 'scores'}, {'dZ' if gradient else 'loss only'}"
             config = triton.Config({"BLOCK": triton_rows.BLOCK_BYTES // size}, **triton_rows.LAUNCH)
             yield triton_rows.row_kernel, name, dtype, constants, config, odd
+        for vocab in (False, True):
+            yield from sampled_cases(f"{options}, {sizes}, {'vocab' if vocab else 'scores'}", dtype, flags, vocab, odd)
         for kernel in (fused.sums_kernel, fused.dz_kernel):
             for config in fused.TILES[size]:
                 yield kernel, f"{options}, {sizes}", dtype, flags, config, odd
+
+
+def sampled_cases(name: str, dtype: str, flags: dict, vocab: bool, odd: bool):
+    """Of the sampled gradient, in all that can be chosen but for frozen parts."""
+    shared = {"LOWEST": sampled.LOWEST, "PER_NAT": sampled.PER_NAT, "K": 8, "VOCAB": vocab} | flags
+    drawn = {"MAY_BE_LONG": True, "OVER": sampled.OVER, "EXTRA": sampled.EXTRA, "STEPS": sampled.STEPS}
+    drawn["SCAN"] = triton_sampled.SCAN
+    block = {"BLOCK": triton_rows.BLOCK_BYTES // DTYPES[dtype]}
+    config = triton.Config(block, **triton_rows.LAUNCH)
+    yield triton_sampled.draw_kernel, name, dtype, shared | drawn, config, odd
+    exact = {"EXACT": dtype != "fp32", "NEED_DX": True}
+    yield triton_sampled.settle_kernel, name, dtype, shared | exact, as_config(triton_sampled.SETTLE), odd
+    if not vocab and not any(flags.values()):  # they have no logits
+        yield triton_sampled.place_kernel, name, dtype, {"WRITE": True}, as_config(triton_sampled.PLACE), odd
+        needs = {"NEED_DW": True, "NEED_DB": True}
+        yield triton_sampled.weight_kernel, name, dtype, needs, as_config(triton_sampled.WEIGHT), odd
+
+
+def as_config(launch: dict) -> triton.Config:
+    sizes = {name: value for name, value in launch.items() if name.isupper()}
+    return triton.Config(sizes, **{name: value for name, value in launch.items() if not name.isupper()})
 
 
 def build(kernel, name: str, dtype: str, constants: dict, config: triton.Config, arch: int, odd: bool) -> Built:
@@ -69,10 +92,12 @@ def build(kernel, name: str, dtype: str, constants: dict, config: triton.Config,
     ``odd``: V and D are no multiples of 16; the rows of logits always are.
     """
     constants = constants | config.kwargs
-    in_dtype = {"hidden", "weight", "bias", "logits", "dz"}
-    integers = {"labels": "*i64", "ids": "*i64", "used": "*i1"}
-    scalars = {"softcap": "fp32", "logit_scale": "fp32"}
+    in_dtype = {"hidden", "weight", "bias", "logits", "dz", "dx", "dw", "db"}
+    integers = {"labels": "*i64", "ids": "*i64", "used": "*i1", "starts": "*i64"}
+    integers |= dict.fromkeys(("columns", "counts", "ends", "rows"), "*i32")
+    scalars = dict.fromkeys(("softcap", "logit_scale", "eps"), "fp32")
     counts = {"n_rows", "n_vocab", "stride", "width", "n_tokens", "first", "last"}
+    counts |= {"most", "room", "share_rows", "shares"}
     types, attributes = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         if arg in constants:
@@ -128,7 +153,7 @@ def problems(built: Built) -> list[str]:
         found.append(f"{built.stack} bytes of stack")
     if built.shared > SHARED_LIMIT[built.arch]:
         found.append(f"{built.shared} bytes of shared memory")
-    if built.kernel != "row_kernel" and built.dtype != "fp32" and not built.matrix_units:
+    if built.kernel in ("sums_kernel", "dz_kernel") and built.dtype != "fp32" and not built.matrix_units:
         found.append(f"no {MATRIX_UNITS[built.arch]}")
     return found
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
 from tract_fast.errors import UserError
-from tract_fast.loss import TractLoss, linear_tract_loss, native
+from tract_fast.loss import TractLoss, linear_tract_loss
 from tract_fast.loss.choice import choose
+from tract_fast.loss.sampled import language
 from tract_fast.sections import Loss
 
 
@@ -22,8 +23,8 @@ def choose_loss(loss: Loss, dtype: torch.dtype, device: torch.device, config) ->
     """(implementation of the loss that a run takes, reason). Raises UserError where the setting cannot work."""
     text = config.get_text_config()
     if loss.gradient == "sampled":
-        fast = device.type == "cpu" and native.runs(dtype)
-        return "chunked", "sampled gradient, in C++" if fast else "sampled gradient, in PyTorch: slower than exact here"
+        kind = language(device.type, dtype)
+        return "chunked", f"sampled gradient, in {kind}{': slower than exact' if kind == 'PyTorch' else ''}"
     try:
         return choose(
             loss.implementation, device_type=device.type, dtype=dtype, n_vocab=text.vocab_size, width=text.hidden_size

@@ -3,8 +3,8 @@
 Per chunk: ``mm`` into a reused buffer -> statistics, and per row a short list of (column, value) whose expectation is
 dZ -> dX from the listed rows of W. Backward makes dW and db of the lists, times the upstream gradient: every row of dW
 is written once, no float32 copy of it exists, and a frozen W costs nothing. ``docs/sampled-gradient.md`` derives the
-draw; ``csrc/sampled.h`` computes it on the CPU, and this module in PyTorch elsewhere (there the lists become dense
-again and GEMMs follow, so nothing is saved).
+draw; ``triton_sampled.py`` computes it on CUDA, ``csrc/sampled.h`` on the CPU, and this module tells it plainly in
+PyTorch, for elsewhere (there the lists become dense again and GEMMs follow, so nothing is saved).
 
 The lists are a function of the logits and the seed. Row i of a call starts at a hash of (seed, i); a row whose list
 might not fit raises its threshold, so that none is ever cut and no size waits for the device.
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tract_fast.loss import native
+from tract_fast.loss.choice import runs_triton
 from tract_fast.loss.chunked import input_gradients, padded, read, scaled
 from tract_fast.loss.plan import plan_chunks
 from tract_fast.loss.rows import Picked, finish, pick, transform, transform_picked
@@ -79,7 +80,7 @@ def sampled_loss(*args) -> tuple[Tensor, ...]:
     spread, norm = (a.hidden.new_zeros(n, dtype=torch.float32) for _ in range(2))
     begins, reference = starts(seed, n, a.hidden.device), reference_of(terms)
     logits = native.scratch(a.hidden, min(step, n), padded(n_vocab))[:, :n_vocab]
-    make = native.sampled_rows if _native(a.hidden) else sampled_rows
+    make, _ = kernels_for(a.hidden)
     with torch.autocast(a.hidden.device.type, enabled=False):
         for i in range(0, n, step):
             j = min(i + step, n)
@@ -100,8 +101,21 @@ def _(*args):
     return new_scalar(a), *new_stats(a), new_scalar(a), _new_dx(a), *_new_lists(a, eps), new_scalar(a)
 
 
-def _native(hidden: Tensor) -> bool:
-    return hidden.device.type == "cpu" and native.runs(hidden.dtype)
+def kernels_for(hidden: Tensor):
+    """(sampled_rows, sampled_weight) of the kernels that run."""
+    kind = language(hidden.device.type, hidden.dtype)
+    if kind == "Triton":
+        from tract_fast.loss import triton_sampled
+
+        return triton_sampled.sampled_rows, triton_sampled.sampled_weight
+    return (native.sampled_rows, native.sampled_weight) if kind == "C++" else (sampled_rows, sampled_weight)
+
+
+def language(device_type: str, dtype: torch.dtype) -> str:
+    """What the kernels are written in that run: Triton where it does, C++ on other CPUs, PyTorch elsewhere."""
+    if runs_triton(device_type):
+        return "Triton"
+    return "C++" if device_type == "cpu" and native.runs(dtype) else "PyTorch"
 
 
 def _rows_at_once(a: Arguments) -> int:
@@ -313,7 +327,7 @@ def sampled_backward(
     with torch.autocast(dx.device.type, enabled=False):
         if need_dw or need_db:
             x = hidden.contiguous() if need_dw else hidden.new_zeros(len(counts), 0)
-            products = native.sampled_weight if _native(dx) else sampled_weight
+            _, products = kernels_for(dx)
             products(lists, x, scale, dw, db, n_vocab)
         return scaled(dx, scale, dx.dtype), dw, db
 

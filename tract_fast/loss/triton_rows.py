@@ -77,6 +77,74 @@ def row_sums(
     return top, others
 
 
+@triton.jit
+def take_out(start_of_row, label, token, is_token, k):
+    """-inf where label and score tokens stand. Other threads of this program read there next: hence the barrier."""
+    nothing = tl.full(token.shape, float("-inf"), tl.float32).to(start_of_row.dtype.element_ty)
+    tl.store(start_of_row + tl.maximum(label, 0) + k, nothing, (k == 0) & (label >= 0))
+    tl.store(start_of_row + token, nothing, is_token)
+    tl.debug_barrier()
+
+
+@triton.jit
+def picked_logits(
+    row, label, token, is_token, bias, picked_label, picked_scores, k, n_tokens, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """The label's capped logit (-inf without one) and its derivative, and those of the score tokens (K,)."""
+    z_label = tl.load(picked_label + row)
+    z_scores = tl.load(picked_scores + row * n_tokens + k, mask=is_token, other=0.0)
+    if HAS_BIAS:
+        z_label += tl.load(bias + tl.maximum(label, 0)).to(tl.float32)
+        z_scores += tl.load(bias + token, mask=is_token, other=0.0).to(tl.float32)
+    z_label, slope_label = transformed(z_label, softcap, logit_scale, SOFTCAP)
+    z_scores, slope_scores = transformed(z_scores, softcap, logit_scale, SOFTCAP)
+    z_label = tl.where(label >= 0, z_label, float("-inf"))
+    z_scores = tl.where(is_token & (token == label), z_label, tl.where(is_token, z_scores, float("-inf")))
+    return z_label, slope_label, z_scores, slope_scores
+
+
+@triton.jit
+def finish(
+    row, top, others, label, z_label, token, is_token, z_scores, value, k, n_tokens,
+    ce, score, score_target, nll, lse, expected, mass, probs, VOCAB: tl.constexpr,
+):  # fmt: skip
+    """``rows.finish``: stores the statistics; (factor, dz at the label, dz at the score tokens, kappa, log-sum-exp, the
+    probability of all other columns)."""
+    is_label = is_token & (token == label)
+    highest = tl.maximum(tl.maximum(top, z_label), tl.max(z_scores, 0))
+    e_label = tl.exp(z_label - highest)
+    e_scores = tl.exp(z_scores - highest)
+    e_others = others * tl.exp(top - highest)
+    rest = e_others + tl.sum(tl.where(is_label, 0.0, e_scores), 0)
+    total = rest + e_label
+    ratio = tl.log(rest) + (highest - z_label)
+    softplus = tl.maximum(ratio, 0.0) + log1p(tl.exp(-tl.abs(ratio)))
+    p_scores = e_scores / total
+    if VOCAB:
+        q = p_scores
+    else:
+        e_among = tl.exp(z_scores - tl.max(z_scores, 0))
+        q = e_among / tl.sum(e_among, 0)
+    y_hat = tl.sum(q * value, 0)
+    log_sum = highest + tl.log(total)
+    tl.store(nll + row, tl.where(label >= 0, softplus, 0.0))
+    tl.store(lse + row, log_sum)
+    tl.store(expected + row, y_hat)
+    tl.store(mass + row, tl.sum(p_scores, 0))
+    tl.store(probs + row * n_tokens + k, q, mask=is_token)
+
+    a = tl.load(ce + row)
+    g = 2.0 * (y_hat * tl.load(score + row) - tl.load(score_target + row))
+    dz_label = -a * rest / total
+    dz_scores = tl.where(is_label, dz_label, a * p_scores) + g * q * (value - y_hat)
+    kappa = a
+    if VOCAB:
+        kappa -= g * y_hat
+        dz_label -= g * y_hat * e_label / total
+    return kappa * tl.exp(top - highest) / total, dz_label, dz_scores, kappa, log_sum, e_others / total
+
+
 @triton.jit(do_not_specialize=["n_rows", "n_tokens"])  # a binary for every N would pause training
 def row_kernel(
     logits, n_rows, n_vocab, stride,
@@ -93,59 +161,24 @@ def row_kernel(
     is_token = k < n_tokens
     token = tl.load(ids + k, mask=is_token, other=0)
     value = tl.load(values + k, mask=is_token, other=0.0)
-    nothing = tl.full((K,), float("-inf"), tl.float32).to(dtype)
     for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
         row = tl.cast(index, tl.int64)
         start_of_row = logits + row * stride
         label = tl.load(labels + row)
         is_used = tl.load(used + row) != 0
-        # the same addresses are read or written again by other threads of this program: hence the barriers
-        tl.store(start_of_row + tl.maximum(label, 0) + k, nothing, (k == 0) & (label >= 0))
-        tl.store(start_of_row + token, nothing, is_token)
-        tl.debug_barrier()
+        take_out(start_of_row, label, token, is_token, k)
         top, others = row_sums(start_of_row, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, BLOCK)
 
-        z_label = tl.load(picked_label + row)
-        z_scores = tl.load(picked_scores + row * n_tokens + k, mask=is_token, other=0.0)
-        if HAS_BIAS:
-            z_label += tl.load(bias + tl.maximum(label, 0)).to(tl.float32)
-            z_scores += tl.load(bias + token, mask=is_token, other=0.0).to(tl.float32)
-        z_label, slope_label = transformed(z_label, softcap, logit_scale, SOFTCAP)
-        z_scores, slope_scores = transformed(z_scores, softcap, logit_scale, SOFTCAP)
-        z_label = tl.where(label >= 0, z_label, float("-inf"))
-        is_label = is_token & (token == label)
-        z_scores = tl.where(is_label, z_label, tl.where(is_token, z_scores, float("-inf")))
-
-        highest = tl.maximum(tl.maximum(top, z_label), tl.max(z_scores, 0))
-        e_label = tl.exp(z_label - highest)
-        e_scores = tl.exp(z_scores - highest)
-        rest = others * tl.exp(top - highest) + tl.sum(tl.where(is_label, 0.0, e_scores), 0)
-        total = rest + e_label
-        ratio = tl.log(rest) + (highest - z_label)
-        softplus = tl.maximum(ratio, 0.0) + log1p(tl.exp(-tl.abs(ratio)))
-        p_scores = e_scores / total
-        if VOCAB:
-            q = p_scores
-        else:
-            e_among = tl.exp(z_scores - tl.max(z_scores, 0))
-            q = e_among / tl.sum(e_among, 0)
-        y_hat = tl.sum(q * value, 0)
-        tl.store(nll + row, tl.where(label >= 0, softplus, 0.0))
-        tl.store(lse + row, highest + tl.log(total))
-        tl.store(expected + row, y_hat)
-        tl.store(mass + row, tl.sum(p_scores, 0))
-        tl.store(probs + row * n_tokens + k, q, mask=is_token)
+        z_label, slope_label, z_scores, slope_scores = picked_logits(
+            row, label, token, is_token, bias, picked_label, picked_scores, k, n_tokens, softcap, logit_scale,
+            HAS_BIAS, SOFTCAP,
+        )  # fmt: skip
+        factor, dz_label, dz_scores, _, _, _ = finish(
+            row, top, others, label, z_label, token, is_token, z_scores, value, k, n_tokens,
+            ce, score, score_target, nll, lse, expected, mass, probs, VOCAB,
+        )  # fmt: skip
 
         if GRADIENT:
-            a = tl.load(ce + row)
-            g = 2.0 * (y_hat * tl.load(score + row) - tl.load(score_target + row))
-            dz_label = -a * rest / total
-            dz_scores = tl.where(is_label, dz_label, a * p_scores) + g * q * (value - y_hat)
-            kappa = a
-            if VOCAB:
-                kappa -= g * y_hat
-                dz_label -= g * y_hat * e_label / total
-            factor = kappa * tl.exp(top - highest) / total
             for start in range(0, n_vocab, BLOCK):
                 cols = start + tl.arange(0, BLOCK)
                 z, slope = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)

@@ -1,0 +1,381 @@
+"""The sampled gradient on CUDA: ``sampled.py``'s lists and their products as Triton kernels.
+
+Algorithm. ``draw_kernel``, a program a row: the row pass's sums, the threshold, the row's longest list where the bound
+does not say that it fits (a third read of the logits), then the draw. A block of columns is drawn by one scan of 64-bit
+integers, which hold the proposals' running sum in the low 46 bits and the number of certain columns above: bit 31 of
+the sum changes at a drawn column, and both together say its place in the list. ``settle_kernel``, a program a row: the
+listed rows of W give their logits again in float32 (16-bit logits), the sum of exponentials is corrected, label and
+score tokens are appended, and dX is the sum of the listed rows of W. dW: the entries by column, a counting sort in
+which a program counts, and later places, those of its share of the rows, one row after another (columns are unique in
+a row); then ``weight_kernel``, a program per row of dW and share of its width, sums them up.
+
+Numerics: float32; proposals are whole numbers and their sums associative, so blocks do not change what is listed. A
+product and a sum are not contracted in the draw, for the same reason. No atomics: deterministic. No host sync.
+
+Cost beside the logits' GEMM: 2 reads of the logits (3 of rows with a large coefficient); per entry 2 rows of W (1 in
+float32 with W's squares not wanted) and 1 of X, 16 + 8 bytes of list and order; 8 V S bytes for the counting sort of S
+shares; one write of dW. Not yet run on a GPU; compiled ahead of time without spills for sm_80, sm_90 and sm_100.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tract_fast.loss.rows import Picked
+from tract_fast.loss.sampled import EXTRA, LOWEST, OVER, PER_NAT, STEPS, Lists
+from tract_fast.loss.terms import Arguments, RowStats, RowTerms
+from tract_fast.loss.triton_rows import (
+    BLOCK_BYTES,
+    LAUNCH,
+    finish,
+    load_block,
+    picked_logits,
+    programs,
+    row_sums,
+    take_out,
+    transformed,
+)
+from tract_fast.loss.tuning import on_device
+
+SCAN = 4096  # columns drawn at a time: twice as many spill
+# Entries and width of a tile of gathered rows. Not tuned.
+SETTLE = {"E": 8, "BD": 256, "num_warps": 4, "maxnreg": 255}
+WEIGHT = {"E": 16, "BD": 256, "num_warps": 4}
+PLACE = {"E": 128, "num_warps": 4}
+SHARES, LEAST_ROWS = 64, 16  # of the rows, in the counting sort; rows of a share
+
+
+@triton.jit
+def proposal(a, LOWEST: tl.constexpr, PER_NAT: tl.constexpr):
+    """``sampled.proposals`` of ``a`` < 0."""
+    steps = tl.minimum((tl.minimum(tl.maximum(a, LOWEST), -0.0) * PER_NAT).to(tl.int32), -1)
+    return (steps + (158 << 23)).to(tl.float32, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def proposed(z, shift, LOWEST: tl.constexpr, PER_NAT: tl.constexpr):
+    """(listed for certain, proposal of the others as int64: 0 where nothing is drawn)."""
+    kept = z >= shift
+    f = proposal(z - shift, LOWEST, PER_NAT).to(tl.int64)
+    return kept, tl.where(kept | (z == float("-inf")), 0, f)
+
+
+@triton.jit
+def longest(
+    start_of_row, n_vocab, shift, bias, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr, LOWEST: tl.constexpr, PER_NAT: tl.constexpr,
+):  # fmt: skip
+    """Entries that no draw of the row exceeds."""
+    certain, total = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    for start in range(0, n_vocab, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        z, _ = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)
+        kept, f = proposed(z, shift, LOWEST, PER_NAT)
+        certain += tl.sum(kept.to(tl.int64), 0)
+        total += tl.sum(f, 0)
+    return certain + (total >> 31) + 1
+
+
+@triton.jit
+def threshold_shift(lse, e, STEPS: tl.constexpr):
+    """The logit at which a column is listed for certain, in steps of 1 / STEPS."""
+    return tl.floor((lse + tl.log(e)) * STEPS + 0.5) / STEPS
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_tokens", "room"])
+def draw_kernel(
+    logits, n_rows, n_vocab, stride,
+    bias, picked_label, picked_scores,
+    labels, ce, score, score_target, used,
+    ids, values, n_tokens,
+    nll, lse, expected, mass, probs,
+    softcap, logit_scale,
+    starts, reference, eps, columns, counts, most, room, tops, sums, shifts,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr,
+    MAY_BE_LONG: tl.constexpr, OVER: tl.constexpr, EXTRA: tl.constexpr, STEPS: tl.constexpr, LOWEST: tl.constexpr,
+    PER_NAT: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
+):  # fmt: skip
+    """Statistics of raw logits, the columns that are drawn and their number, and per row the largest logit, the sum of
+    exponentials and the shift, of all columns but label and score tokens."""
+    k = tl.arange(0, K)
+    is_token = k < n_tokens
+    token = tl.load(ids + k, mask=is_token, other=0)
+    value = tl.load(values + k, mask=is_token, other=0.0)
+    for index in range(tl.program_id(0), n_rows, tl.num_programs(0)):
+        row = tl.cast(index, tl.int64)
+        start_of_row = logits + row * stride
+        label = tl.load(labels + row)
+        take_out(start_of_row, label, token, is_token, k)
+        top, others = row_sums(start_of_row, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, BLOCK)
+        z_label, _, z_scores, _ = picked_logits(
+            row, label, token, is_token, bias, picked_label, picked_scores, k, n_tokens, softcap, logit_scale,
+            HAS_BIAS, SOFTCAP,
+        )  # fmt: skip
+        _, _, _, kappa, log_sum, share = finish(
+            row, top, others, label, z_label, token, is_token, z_scores, value, k, n_tokens,
+            ce, score, score_target, nll, lse, expected, mass, probs, VOCAB,
+        )  # fmt: skip
+        size = tl.abs(kappa)
+        finite = (size < float("inf")) & (tl.abs(log_sum) < float("inf"))
+        draws = (tl.load(used + row) != 0) & (size > 0) & (share > 0) & finite
+        e = eps * tl.minimum(tl.load(reference) / size, 1.0)
+        shift = threshold_shift(log_sum, e, STEPS)
+        count = tl.full((), 0, tl.int32)
+        if draws:
+            if MAY_BE_LONG:
+                sure = OVER * share / (room - (EXTRA - 1))
+                if e < sure:
+                    bound = longest(
+                        start_of_row, n_vocab, shift, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, SCAN,
+                        LOWEST, PER_NAT,
+                    )  # fmt: skip
+                    if bound > room:
+                        shift = threshold_shift(log_sum, sure, STEPS)
+            position = tl.load(starts + row)
+            for start in range(0, n_vocab, SCAN):
+                cols = start + tl.arange(0, SCAN)
+                z, _ = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)
+                kept, f = proposed(z, shift, LOWEST, PER_NAT)
+                both = (kept.to(tl.int64) << 46) + f
+                after = tl.cumsum(both, 0) + position
+                drawn = after & ((1 << 46) - 1)
+                chosen = kept | ((drawn >> 31) != ((drawn - f) >> 31))
+                place = count + ((after >> 46) + (drawn >> 31)).to(tl.int32) - 1
+                tl.store(columns + row * most + place, cols, mask=chosen & (place < room))
+                end = tl.sum(both, 0) + position
+                count += ((end >> 46) + ((end & ((1 << 46) - 1)) >> 31)).to(tl.int32)
+                position = end & ((1 << 31) - 1)
+        # more than the bound only where float32 does not resolve the logits: such a row has no draw
+        tl.store(counts + row, tl.where(count <= room, count, 0))
+        tl.store(tops + row, top)
+        tl.store(sums + row, others)
+        tl.store(shifts + row, shift)
+
+
+@triton.jit
+def reread(
+    row, count, top, shift, start_of_row, columns, values, most, hidden, weight, width, bias, softcap, logit_scale,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, READS_W: tl.constexpr, LOWEST: tl.constexpr,
+    PER_NAT: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write the drawn entries' values but for the row's factor. (The change of the sum of exponentials where those that
+    are listed for certain take their logits of X and W, the draw's variance but for the factor's square)."""
+    change, spread = tl.zeros((E,), tl.float32), tl.zeros((E,), tl.float32)
+    for start in range(0, count, E):
+        at = row * most + start + tl.arange(0, E)
+        here = start + tl.arange(0, E) < count
+        col = tl.load(columns + at, mask=here, other=0).to(tl.int64)
+        raw = tl.load(start_of_row + col, mask=here, other=0.0).to(tl.float32)
+        offset = tl.load(bias + col, mask=here, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros((E,), tl.float32)
+        z, slope = transformed(raw + offset, softcap, logit_scale, SOFTCAP)
+        certain = z >= shift
+        ratio = tl.where(certain, 1.0, 2147483648.0 / proposal(z - shift, LOWEST, PER_NAT).to(tl.float32))
+        xw, ww = tl.zeros((E, BD), tl.float32), tl.zeros((E, BD), tl.float32)
+        if READS_W:
+            for low in range(0, width, BD):
+                d = low + tl.arange(0, BD)
+                x = tl.load(hidden + row * width + d, mask=d < width, other=0.0).to(tl.float32)
+                inside = here[:, None] & (d < width)[None, :]
+                w = tl.load(weight + col[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
+                xw += x[None, :] * w
+                ww += w * w
+        if EXACT:
+            rounded = tl.exp(z - top)
+            z, slope = transformed(tl.sum(xw, 1) + offset, softcap, logit_scale, SOFTCAP)
+            change += tl.where(here & certain, tl.exp(z - top) - rounded, 0.0)
+        entry = tl.exp(z - top) * slope * ratio
+        tl.store(values + at, entry, mask=here)
+        spread += tl.where(here, entry * entry * (1.0 - 1.0 / ratio) * tl.sum(ww, 1), 0.0)
+    tl.debug_barrier()
+    return tl.sum(change, 0), tl.sum(spread, 0)
+
+
+@triton.jit
+def sum_of_rows(
+    row, count, columns, values, most, weight, width, dx,
+    E: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Write dX of a row, the listed rows of W times their values; its squared norm."""
+    norm = tl.zeros((BD,), tl.float32)
+    for low in range(0, width, BD):
+        d = low + tl.arange(0, BD)
+        total = tl.zeros((E, BD), tl.float32)
+        for start in range(0, count, E):
+            at = row * most + start + tl.arange(0, E)
+            here = start + tl.arange(0, E) < count
+            col = tl.load(columns + at, mask=here, other=0).to(tl.int64)
+            entry = tl.load(values + at, mask=here, other=0.0)
+            inside = here[:, None] & (d < width)[None, :]
+            w = tl.load(weight + col[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += entry[:, None] * w
+        found = tl.sum(total, 0)
+        norm += found * found
+        tl.store(dx + row * width + d, found.to(dx.dtype.element_ty), mask=d < width)
+    return tl.sum(norm, 0)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def settle_kernel(
+    logits, stride, hidden, weight, width,
+    bias, picked_label, picked_scores,
+    labels, ce, score, score_target, used,
+    ids, score_values, n_tokens,
+    nll, lse, expected, mass, probs,
+    softcap, logit_scale,
+    columns, values, counts, most, tops, sums, shifts, dx, spread, norm,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr, EXACT: tl.constexpr, NEED_DX: tl.constexpr,
+    LOWEST: tl.constexpr, PER_NAT: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The lists of ``draw_kernel`` with their values, label and score tokens appended, and dX; statistics anew."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, K)
+    is_token = k < n_tokens
+    token = tl.load(ids + k, mask=is_token, other=0)
+    value = tl.load(score_values + k, mask=is_token, other=0.0)
+    label = tl.load(labels + row)
+    top, others = tl.load(tops + row), tl.load(sums + row)
+    count = tl.load(counts + row)
+    change, variance = reread(
+        row, count, top, tl.load(shifts + row), logits + row * stride, columns, values, most, hidden, weight, width,
+        bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, EXACT, EXACT or NEED_DX, LOWEST, PER_NAT, E, BD,
+    )  # fmt: skip
+    others += tl.where(others + change > 0, change, 0.0)
+    z_label, slope_label, z_scores, slope_scores = picked_logits(
+        row, label, token, is_token, bias, picked_label, picked_scores, k, n_tokens, softcap, logit_scale,
+        HAS_BIAS, SOFTCAP,
+    )  # fmt: skip
+    factor, dz_label, dz_scores, _, _, _ = finish(
+        row, top, others, label, z_label, token, is_token, z_scores, value, k, n_tokens,
+        ce, score, score_target, nll, lse, expected, mass, probs, VOCAB,
+    )  # fmt: skip
+    for start in range(0, count, E):
+        at = row * most + start + tl.arange(0, E)
+        here = start + tl.arange(0, E) < count
+        tl.store(values + at, tl.load(values + at, mask=here, other=0.0) * factor, mask=here)
+    is_used = tl.load(used + row) != 0
+    own = is_used & (label >= 0) & (tl.sum((is_token & (token == label)).to(tl.int32), 0) == 0)
+    end = row * most + count
+    tl.store(columns + end + k, token.to(tl.int32), mask=is_token & is_used)
+    tl.store(values + end + k, dz_scores * slope_scores, mask=is_token & is_used)
+    end += n_tokens
+    tl.store(columns + end + k, tl.zeros((K,), tl.int32) + label.to(tl.int32), mask=(k == 0) & own)
+    tl.store(values + end + k, tl.zeros((K,), tl.float32) + dz_label * slope_label, mask=(k == 0) & own)
+    count += tl.where(is_used, n_tokens + own.to(tl.int32), 0)
+    tl.store(counts + row, count)
+    tl.debug_barrier()
+    if NEED_DX:
+        tl.store(norm + row, sum_of_rows(row, count, columns, values, most, weight, width, dx, E, BD))
+        tl.store(spread + row, variance * factor * factor)
+
+
+def sampled_rows(
+    logits: Tensor,
+    picked: Picked,
+    terms: RowTerms,
+    stats: RowStats,
+    a: Arguments,
+    x: Tensor,
+    begins: Tensor,
+    reference: Tensor,
+    eps: float,
+    lists: Lists,
+    dx: Tensor,
+    spread: Tensor,
+    norm: Tensor,
+) -> None:
+    """``sampled.sampled_rows`` on CUDA: the same arguments and results. Overwrites entries of ``logits``."""
+    n, n_vocab = logits.shape
+    most, n_tokens = lists.columns.shape[1], len(a.score_token_ids)
+    per_row = torch.empty(3, n, dtype=torch.float32, device=logits.device)
+    shared = (
+        logits if a.bias is None else a.bias, *picked,
+        terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
+        a.score_token_ids, a.score_values, n_tokens,
+        *stats,
+        1.0 if a.softcap is None else a.softcap, a.logit_scale,
+    )  # fmt: skip
+    constants = {"HAS_BIAS": a.bias is not None, "SOFTCAP": a.softcap is not None, "VOCAB": a.vocab}
+    constants |= {"LOWEST": LOWEST, "PER_NAT": PER_NAT, "K": triton.next_power_of_2(n_tokens)}
+    with on_device(logits):
+        draw_kernel[(programs(n, logits.device),)](
+            logits, n, n_vocab, logits.stride(0), *shared,
+            begins, reference, eps, lists.columns, lists.counts, most, most - n_tokens - 1, *per_row,
+            MAY_BE_LONG=most <= n_vocab, OVER=OVER, EXTRA=EXTRA, STEPS=STEPS,
+            BLOCK=BLOCK_BYTES // logits.element_size(), SCAN=SCAN, **constants, **LAUNCH, enable_fp_fusion=False,
+        )  # fmt: skip
+        settle_kernel[(n,)](
+            logits, logits.stride(0), x, a.weight, x.shape[1], *shared,
+            *lists, most, *per_row, dx, spread, norm,
+            EXACT=logits.dtype != torch.float32, NEED_DX=len(dx) > 0, **constants, **SETTLE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_rows", "most", "share_rows", "shares"])
+def place_kernel(
+    columns, values, counts, ends, rows, entries, n_rows, most, share_rows, shares,
+    WRITE: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Advance ``ends`` (V, shares) by the entries of each column in each share of the rows, and write them there."""
+    share = tl.program_id(0)
+    for index in range(share * share_rows, tl.minimum((share + 1) * share_rows, n_rows)):
+        row = tl.cast(index, tl.int64)
+        count = tl.load(counts + row)
+        for start in range(0, count, E):
+            at = row * most + start + tl.arange(0, E)
+            here = start + tl.arange(0, E) < count
+            end = ends + tl.load(columns + at, mask=here, other=0).to(tl.int64) * shares + share
+            place = tl.load(end, mask=here, other=0)
+            if WRITE:
+                tl.store(rows + place, tl.zeros((E,), tl.int32) + index, mask=here)
+                tl.store(entries + place, tl.load(values + at, mask=here, other=0.0), mask=here)
+            tl.store(end, place + 1, mask=here)
+        tl.debug_barrier()  # the next row has columns of this one, in other threads
+
+
+@triton.jit(do_not_specialize=["shares"])
+def weight_kernel(
+    ends, rows, entries, hidden, scale, dw, db, width, shares,
+    NEED_DW: tl.constexpr, NEED_DB: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """dW of a column of the logits and ``BD`` columns of X, and db, of entries by column: those of column v lie from
+    ``ends[v * shares]`` to ``ends[(v + 1) * shares]``."""
+    col = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    total, sums = tl.zeros((E, BD), tl.float32), tl.zeros((E,), tl.float32)
+    end = tl.load(ends + (col + 1) * shares)
+    for start in range(tl.load(ends + col * shares), end, E):
+        at = start + tl.arange(0, E)
+        row = tl.load(rows + at, mask=at < end, other=0).to(tl.int64)
+        entry = tl.load(entries + at, mask=at < end, other=0.0)
+        sums += entry
+        if NEED_DW:
+            inside = (at < end)[:, None] & (d < width)[None, :]
+            x = tl.load(hidden + row[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += entry[:, None] * x
+    by = tl.load(scale)
+    if NEED_DW:
+        tl.store(dw + col * width + d, (tl.sum(total, 0) * by).to(dw.dtype.element_ty), mask=d < width)
+    if NEED_DB:
+        tl.store(db + col + tl.arange(0, 1), (tl.sum(sums, 0) * by).to(db.dtype.element_ty), mask=tl.program_id(1) == 0)
+
+
+def sampled_weight(lists: Lists, x: Tensor, scale: Tensor, dw: Tensor, db: Tensor, n_vocab: int) -> None:
+    """``sampled.sampled_weight`` on CUDA: the same arguments and results."""
+    n, most = lists.columns.shape
+    shares = min(SHARES, triton.cdiv(n, LEAST_ROWS))
+    share_rows = triton.cdiv(n, shares)
+    whole = torch.int32 if n * most < 2**31 else torch.int64
+    ends = torch.zeros(n_vocab * shares + 1, dtype=whole, device=x.device)
+    rows, entries = torch.empty_like(lists.columns), torch.empty_like(lists.values)
+    arguments = (*lists, ends[1:], rows, entries, n, most, share_rows, shares)
+    with on_device(x):
+        place_kernel[(shares,)](*arguments, WRITE=False, **PLACE)
+        ends[1:] = ends[:-1].cumsum(0, dtype=whole)  # where a share's entries of a column begin
+        place_kernel[(shares,)](*arguments, WRITE=True, **PLACE)
+        weight_kernel[(n_vocab, triton.cdiv(x.shape[1], WEIGHT["BD"]) if len(dw) else 1)](
+            ends, rows, entries, x, scale, dw, db, x.shape[1], shares,
+            NEED_DW=len(dw) > 0, NEED_DB=len(db) > 0, **WEIGHT,
+        )  # fmt: skip
