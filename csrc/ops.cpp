@@ -10,11 +10,6 @@
 #include <optional>
 #include <string>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "row_pass.h"
 #include "sampled.h"
 #include "scratch.h"
@@ -210,30 +205,36 @@ void sampled_weight_op(const Tensor columns, const Tensor entries, const Tensor 
   });
 }
 
-// total += part, in float32.
-void add_op(const Tensor total, const Tensor part) {
+// body(begin, end) for parts of n elements, on several threads.
+template <class Body>
+void over_elements(int64_t n, const Body& body) {
+  constexpr int64_t share = 1 << 16;
+  in_parallel((n + share - 1) / share,
+              [&](int64_t first, int64_t last) { body(first * share, std::min(last * share, n)); });
+}
+
+// total += part in float32, or total = part where it is the first.
+void add_op(const Tensor total, const Tensor part, bool first) {
   check(total, "total", torch::headeronly::ScalarType::Float, part.numel());
   check(part, "part", part.scalar_type(), total.numel());
   const Kernels& kernels = chosen().of(type_of(part));
-  const int64_t size = part.element_size();
-  constexpr int64_t share = 1 << 16;
-  const int64_t n = total.numel();
-  in_parallel((n + share - 1) / share, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * share, end = std::min(last * share, n);
-    kernels.add(pointer<float>(total) + begin, static_cast<const char*>(part.data_ptr()) + begin * size, end - begin);
+  over_elements(total.numel(), [&](int64_t begin, int64_t end) {
+    const char* summand = static_cast<const char*>(part.data_ptr()) + begin * part.element_size();
+    kernels.add(pointer<float>(total) + begin, summand, first, end - begin);
   });
 }
 
-// Ask for huge pages under a buffer that was not touched yet, for fewer page faults. A hint that a system may not know or
-// not grant, hence no error.
-void advise_op(const Tensor buffer) {
-#ifdef __linux__
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-  const uintptr_t end = begin + buffer.numel() * buffer.element_size();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
+// out = total * by, rounded once.
+void scale_op(const Tensor total, const Tensor by, const Tensor out) {
+  check(total, "total", torch::headeronly::ScalarType::Float, out.numel());
+  check(by, "by", torch::headeronly::ScalarType::Float, 1);
+  check(out, "out", out.scalar_type(), total.numel());
+  const Kernels& kernels = chosen().of(type_of(out));
+  const float factor = *pointer<float>(by);
+  over_elements(total.numel(), [&](int64_t begin, int64_t end) {
+    char* to = static_cast<char*>(out.data_ptr()) + begin * out.element_size();
+    kernels.scale(pointer<float>(total) + begin, factor, to, end - begin);
+  });
 }
 
 // An undefined (rows, columns) tensor of the type of `like`, in memory that is kept for the next one when it goes.
@@ -250,7 +251,7 @@ Tensor scratch_op(const Tensor like, int64_t rows, int64_t columns) {
 std::string variant_op() { return chosen().name; }
 
 // Raised whenever the operators change; tract_fast/loss/native.py expects the same number.
-int64_t abi_op() { return 2; }
+int64_t abi_op() { return 3; }
 
 }  // namespace
 }  // namespace tract_fast
@@ -270,8 +271,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
   m.def(
       "sampled_weight(Tensor columns, Tensor entries, Tensor counts, Tensor x, Tensor scale, Tensor(a!) dw, "
       "Tensor(b!) db, int n_vocab) -> ()");
-  m.def("add(Tensor(a!) total, Tensor part) -> ()");
-  m.def("advise(Tensor(a!) buffer) -> ()");
+  m.def("add(Tensor(a!) total, Tensor part, bool first) -> ()");
+  m.def("scale(Tensor total, Tensor by, Tensor(a!) out) -> ()");
   m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
   m.def("variant() -> str");
   m.def("abi() -> int");
@@ -282,7 +283,7 @@ STABLE_TORCH_LIBRARY_IMPL(tract_fast, CompositeExplicitAutograd, m) {
   m.impl("sampled_rows", TORCH_BOX(&tract_fast::sampled_rows_op));
   m.impl("sampled_weight", TORCH_BOX(&tract_fast::sampled_weight_op));
   m.impl("add", TORCH_BOX(&tract_fast::add_op));
-  m.impl("advise", TORCH_BOX(&tract_fast::advise_op));
+  m.impl("scale", TORCH_BOX(&tract_fast::scale_op));
   m.impl("scratch", TORCH_BOX(&tract_fast::scratch_op));
   m.impl("variant", TORCH_BOX(&tract_fast::variant_op));
   m.impl("abi", TORCH_BOX(&tract_fast::abi_op));

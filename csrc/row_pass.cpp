@@ -19,17 +19,22 @@ TRACT_FAST_DECLARE(portable)
 #ifdef TRACT_FAST_X86
 TRACT_FAST_DECLARE(avx2)
 TRACT_FAST_DECLARE(avx512)
+TRACT_FAST_DECLARE(avx512bf16)
+#endif
+
+#ifdef TRACT_FAST_X86
+static bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
 
 const std::vector<Variant>& variants() {
   static const std::vector<Variant> all = {
 #ifdef TRACT_FAST_X86
-      {"avx512",
-       [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-       },
-       TRACT_FAST_KERNELS(avx512)},
+      {"avx512bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+       TRACT_FAST_KERNELS(avx512bf16)},
+      {"avx512", has_avx512, TRACT_FAST_KERNELS(avx512)},
       {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, TRACT_FAST_KERNELS(avx2)},
 #endif
       {"portable", [] { return true; }, TRACT_FAST_KERNELS(portable)},

@@ -64,7 +64,8 @@ struct Kernels {
   void (*write)(const RowPass&, const Coefficients&, int64_t row, int64_t begin, int64_t end);
   void (*put_back)(const RowPass&, const Coefficients&, const float* scores, int64_t row);
   float (*bias_at)(const void* bias, int64_t column);
-  void (*add)(float* total, const void* part, int64_t n);  // total += part
+  void (*add)(float* total, const void* part, bool first, int64_t n);  // total += part, or = at the first
+  void (*scale)(const float* from, float factor, void* to, int64_t n);  // to = from * factor
 };
 
 struct SampledKernels;  // sampled.h

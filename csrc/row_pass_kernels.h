@@ -4,6 +4,9 @@
 
 #include <cfloat>
 #include <limits>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "row_pass.h"
 
@@ -45,6 +48,22 @@ inline bfloat16 narrow<bfloat16>(float x) {
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   return static_cast<bfloat16>(x == x ? rounded : 0x7fc0u);
 }
+
+// n floats as T. Those that are T already stand where they belong: see place_for.
+inline void narrow_all(const float*, float*, int64_t) {}
+inline void narrow_all(const float* from, bfloat16* to, int64_t n) {
+  int64_t i = 0;
+#ifdef __AVX512BF16__
+  for (; i + 32 <= n; i += 32) {  // one instruction, which takes denormal numbers for 0
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + i + 16), _mm512_loadu_ps(from + i));
+    _mm512_storeu_si512(to + i, __builtin_bit_cast(__m512i, both));
+  }
+#endif
+#pragma omp simd
+  for (int64_t j = i; j < n; ++j) to[j] = narrow<bfloat16>(from[j]);
+}
+inline float* place_for(float* out, float*) { return out; }
+inline float* place_for(bfloat16*, float* buffer) { return buffer; }
 
 // e^x for x <= 0 (a NaN stays one): e^x = 2^n e^r, |r| <= ln(2) / 2; the polynomial is the one of Cephes' expf. Below
 // -88 n is -127, whose power of two is 0 in bits: no branch, or compilers would not vectorise what uses this.
@@ -154,14 +173,16 @@ void write(const RowPass& p, const Coefficients& c, int64_t row, int64_t begin, 
   for (int64_t start = begin; start < end; start += BLOCK) {
     const int64_t n = end - start < BLOCK ? end - start : BLOCK;
     T* out = logits + start;
+    float* made = place_for(out, z);
     transform(p, out, start, n, z, slope);
     if (p.softcap == 0.0f) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(factor * exp_nonpositive(z[i] - top));
+      for (int64_t i = 0; i < n; ++i) made[i] = factor * exp_nonpositive(z[i] - top);
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(factor * exp_nonpositive(z[i] - top) * slope[i]);
+      for (int64_t i = 0; i < n; ++i) made[i] = factor * exp_nonpositive(z[i] - top) * slope[i];
     }
+    narrow_all(made, out, n);
   }
 }
 
@@ -179,15 +200,27 @@ float bias_at(const void* bias, int64_t column) {
 }
 
 template <class T>
-void add(float* total, const void* part, int64_t n) {
+void add(float* total, const void* part, bool first, int64_t n) {
   const T* summand = static_cast<const T*>(part);
+  if (first) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) total[i] = widen(summand[i]);
+    return;
+  }
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) total[i] += widen(summand[i]);
 }
 
 template <class T>
+void scale(const float* from, float factor, void* to, int64_t n) {
+  T* out = static_cast<T*>(to);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(from[i] * factor);
+}
+
+template <class T>
 constexpr Kernels kernels_of() {
-  return {take_out<T>, sums<T>, write<T>, put_back<T>, bias_at<T>, add<T>};
+  return {take_out<T>, sums<T>, write<T>, put_back<T>, bias_at<T>, add<T>, scale<T>};
 }
 
 }  // namespace

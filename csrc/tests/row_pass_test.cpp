@@ -299,10 +299,18 @@ void check_add(const Variant& variant) {
     std::vector<float> total(n, 1.5f), part(n);
     std::vector<uint16_t> part16(n);
     for (int64_t i = 0; i < n; ++i) part[i] = static_cast<float>(i), part16[i] = to_bfloat16(part[i]);
-    variant.float32.add(total.data(), part.data(), n);
-    variant.bfloat16.add(total.data(), part16.data(), n);
+    variant.float32.add(total.data(), part.data(), false, n);
+    variant.bfloat16.add(total.data(), part16.data(), false, n);
     for (int64_t i = 0; i < n; ++i)
       expect(total[i] == 1.5f + part[i] + from_bfloat16(part16[i]), std::string(variant.name) + ": add");
+    variant.bfloat16.add(total.data(), part16.data(), true, n);
+    for (int64_t i = 0; i < n; ++i) expect(total[i] == from_bfloat16(part16[i]), std::string(variant.name) + ": first");
+    variant.float32.scale(part.data(), 0.3f, total.data(), n);
+    variant.bfloat16.scale(part.data(), 0.3f, part16.data(), n);
+    for (int64_t i = 0; i < n; ++i) {
+      const float wanted = part[i] * 0.3f, miss = std::fabs(from_bfloat16(part16[i]) - wanted);
+      expect(total[i] == wanted && miss <= wanted / 256, std::string(variant.name) + ": scale");  // to the nearest
+    }
   }
 }
 
@@ -320,11 +328,11 @@ void check_scratch() {
   expect(tiny != large && kept_scratch() == size_t{6} << 20, "a small one does not take a large block");
   return_scratch(tiny);
   return_scratch(small);
-  expect(kept_scratch() == size_t{8} << 20, "nor drives it out");
-  expect(take_scratch(4 << 20) == large && kept_scratch() == size_t{2} << 20, "which serves what is half of it");
+  expect(kept_scratch() == size_t{10} << 20, "nor drives it out");
+  expect(take_scratch(4 << 20) == large && kept_scratch() == size_t{4} << 20, "which serves what is half of it");
   return_scratch(large);
   return_scratch(take_scratch(9 << 20));
-  expect(kept_scratch() == size_t{16} << 20, "a larger one takes the place of the smallest");
+  expect(kept_scratch() == size_t{18} << 20, "a larger one takes the place of the smallest");
   std::vector<std::thread> pool;
   for (int t = 0; t < 8; ++t)
     pool.emplace_back([] {

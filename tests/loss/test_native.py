@@ -20,7 +20,7 @@ if os.environ.get("TRACT_FAST_REQUIRE_EXT") != "1" and native.missing():
     pytest.skip(native.missing(), allow_module_level=True)
 
 VARIANTS = []
-for name in ("portable", "avx2", "avx512"):
+for name in ("portable", "avx2", "avx512", "avx512bf16"):
     os.environ["TRACT_FAST_CPU"] = name
     try:
         native.missing()
@@ -163,9 +163,13 @@ def test_operator_refuses_what_it_would_read_wrongly(change, message):
 
 def test_other_operators_refuse_too():
     with pytest.raises(RuntimeError, match="total must be"):
-        torch.ops.tract_fast.add(torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.bfloat16))
+        torch.ops.tract_fast.add(torch.zeros(8, dtype=torch.bfloat16), torch.zeros(8, dtype=torch.bfloat16), False)
     with pytest.raises(RuntimeError, match="total must be"):
-        torch.ops.tract_fast.add(torch.zeros(7), torch.zeros(8))
+        torch.ops.tract_fast.add(torch.zeros(7), torch.zeros(8), False)
+    with pytest.raises(RuntimeError, match="by must be"):
+        torch.ops.tract_fast.scale(torch.zeros(8), torch.zeros(2), torch.zeros(8))
+    with pytest.raises(RuntimeError, match="total must be"):
+        torch.ops.tract_fast.scale(torch.zeros(8, 8).t(), torch.zeros(()), torch.zeros(7))
     for rows_, columns in ((2**40, 2**40), (-1, 8)):
         with pytest.raises(RuntimeError, match="is not possible"):
             torch.ops.tract_fast.scratch(torch.zeros(1), rows_, columns)

@@ -351,7 +351,7 @@ def test_huge_logits_fit_their_lists(products):
 
 
 @pytest.mark.skipif(not NATIVE, reason="the native kernels are not built")
-@pytest.mark.parametrize("variant", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("variant", ["portable", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_and_number_of_threads_lists_the_same(variant):
     script = (
         "import pytest, torch\n"

@@ -25,6 +25,7 @@ from tract_fast.loss.terms import OP_SCHEMA, Arguments, new_scalar, new_stats, r
 
 ROW_ALIGNMENT = 64  # logits
 SCALE_BLOCK = 2**24  # elements that are converted to float32 at a time
+SUMMAND = 2**22  # elements of dW that are added at a time
 
 
 @torch.library.custom_op("tract_fast::chunked_loss", mutates_args=(), schema=OP_SCHEMA)
@@ -39,9 +40,8 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
     plan, rows = _plan(a), row_pass_for(a.hidden.device)
     terms, stats = row_terms(a), new_stats(a)
     dx, dw, db = _new_gradients(a, plan.defer)
-    native.advised(dw)
+    dw = native.scratch(dw, *dw.shape) if len(dw) else dw
     logits = native.scratch(a.hidden, plan.rows, padded(n_vocab))[:, :n_vocab]
-    summand = None
     with torch.autocast(a.hidden.device.type, enabled=False):
         for start in range(0, n, plan.rows):
             stop = min(start + plan.rows, n)
@@ -52,7 +52,7 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
             if a.need_dx:
                 torch.mm(chunk, a.weight, out=dx[start:stop])
             if a.need_dw and not plan.defer:
-                summand = accumulate(dw, chunk.t(), read(x, part.used), summand, first=start == 0)
+                accumulate(dw, chunk.t(), read(x, part.used), first=start == 0)
             if a.need_db:
                 db += chunk.sum(0, dtype=torch.float32)
         loss = total_loss(stats, a)
@@ -109,9 +109,8 @@ def read(rows: Tensor, used: Tensor) -> Tensor:
     return rows.masked_fill(~used[:, None], 0.0)
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor, summand: Tensor | None = None, *, first: bool) -> Tensor | None:
-    """``total += a @ b`` in float32, or ``=`` at ``first``, without rounding in between where the device can. Returns a
-    buffer for ``summand`` at the next call, where it cannot."""
+def accumulate(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """``total += a @ b`` in float32, or ``=`` at ``first``, without rounding in between where the device can."""
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif a.device.type == "cuda":
@@ -119,11 +118,13 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, summand: Tensor | None = Non
             torch.mm(a, b, out_dtype=torch.float32, out=total)
         else:
             torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:  # no 16-bit GEMM with a float32 result on the CPU: each summand is rounded once
-        summand = native.scratch(a, *total.shape) if summand is None else summand
-        torch.mm(a, b, out=summand)
-        total.copy_(summand) if first else native.add(total, summand)
-    return summand
+    else:  # no 16-bit GEMM with a float32 result on the CPU: each summand is rounded once, a part that caches hold
+        step = max(1, SUMMAND // max(1, b.shape[1]))
+        part = native.scratch(a, min(step, len(a)), b.shape[1])
+        for i in range(0, len(a), step):
+            summand = part[: min(step, len(a) - i)]
+            torch.mm(a[i : i + step], b, out=summand)
+            native.add(total[i : i + step], summand, first=first)
 
 
 def _remember(ctx, inputs, output) -> None:
@@ -191,6 +192,8 @@ def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = No
     """``(x * scale).to(dtype)``, into ``out`` if given, multiplied in float32 a block at a time: a 16-bit scalar would
     be rounded first."""
     out = torch.empty_like(x, dtype=dtype) if out is None else out
+    if native.scaled(x, scale, out):
+        return out
     step = max(1, SCALE_BLOCK // max(1, x.shape[1]))
     for i in range(0, len(x), step):
         out[i : i + step] = x[i : i + step].float() * scale

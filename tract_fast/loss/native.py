@@ -1,6 +1,7 @@
 """The row pass of CPU tensors in C++ (``csrc/``), built when the package is installed; PyTorch operations without it.
 
-``rows.py`` says what is computed, ``csrc/row_pass.h`` how. ``TRACT_FAST_CPU=portable|avx2|avx512`` forces a variant.
+``rows.py`` says what is computed, ``csrc/row_pass.h`` how. ``TRACT_FAST_CPU=portable|avx2|avx512|avx512bf16`` forces
+a variant.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from tract_fast.loss.rows import Picked
 from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
-REFUSED = "must be portable, or avx2 or avx512 where this processor has them; unset it for the best"
-ABI = 2  # of the operators in csrc/ops.cpp
+REFUSED = "must be portable, or avx2, avx512 or avx512bf16 where this processor has them; unset it for the best"
+ABI = 3  # of the operators in csrc/ops.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -92,24 +93,28 @@ def sampled_weight(lists: tuple[Tensor, ...], x: Tensor, scale: Tensor, dw: Tens
     torch.ops.tract_fast.sampled_weight(*lists, x, scale, dw, db, n_vocab)
 
 
-def add(total: Tensor, part: Tensor) -> None:
-    """``total += part``, float32 and a 16-bit summand, in one pass."""
+def add(total: Tensor, part: Tensor, *, first: bool) -> None:
+    """``total += part``, or ``=`` at ``first``, of a float32 sum and a 16-bit part, in one pass."""
     if runs(part.dtype):
-        torch.ops.tract_fast.add(total, part)
+        torch.ops.tract_fast.add(total, part, first)
+    elif first:
+        total.copy_(part)
     else:
         total += part
 
 
-def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
-    """An empty (rows, columns) tensor of the dtype and device of ``like``, for a chunk of logits or dW. On the CPU its
-    memory is kept when it is let go, for one of each: a fresh one would be paged in and zeroed at every call."""
+def scaled(total: Tensor, scale: Tensor, out: Tensor) -> bool:
+    """``out = total * scale`` in one pass, of float32; False where it does not run, and nothing is done."""
+    if total.device.type != "cpu" or total.dtype != torch.float32 or not runs(out.dtype):
+        return False
+    torch.ops.tract_fast.scale(total, scale, out)
+    return True
+
+
+def scratch(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (rows, columns) tensor on the device of ``like``, of its dtype unless one is given, for a chunk of
+    logits or dW. On the CPU its memory is kept when it is let go: a fresh one would be paged in and zeroed at every
+    call."""
     if like.device.type == "cpu" and missing() is None:
-        return torch.ops.tract_fast.scratch(like, rows, columns)
-    return like.new_empty(rows, columns)
-
-
-def advised(buffer: Tensor) -> Tensor:
-    """The same tensor, which nobody wrote to yet; on the CPU with huge pages, where the system has them."""
-    if buffer.device.type == "cpu" and missing() is None:
-        torch.ops.tract_fast.advise(buffer)
-    return buffer
+        return torch.ops.tract_fast.scratch(like if dtype is None else like.new_empty(0, dtype=dtype), rows, columns)
+    return like.new_empty(rows, columns, dtype=dtype)
