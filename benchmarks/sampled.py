@@ -30,6 +30,7 @@ from tract_fast.prepare import prepare
 EPS = [2.0**-k for k in (8, 9, 10, 11, 12, 13, 14)]
 SEEDS = 5
 FILTER = 2.0**-12  # Cut Cross-Entropy's, of blocks of entries; here of each entry
+HEAVY = 2048  # columns
 BLOCK = 128  # rows of float64 logits at a time
 
 Problem = dict[str, Tensor]
@@ -158,6 +159,40 @@ def measure_times(p: Problem, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_heavy(p: Problem, rounds: int) -> list[dict[str, Any]]:
+    """What it would bring to treat the ``HEAVY`` columns with most entries densely: their share of the entries that are
+    drawn, and the time of the two dense products with them (dX, dW) beside one GEMM with all columns."""
+    x, w = p["hidden"].detach(), p["weight"].detach()
+    expected = {eps: torch.zeros(len(w), dtype=torch.float64) for eps in EPS}
+    for i in range(0, len(x), BLOCK):
+        probs = (x[i : i + BLOCK].double() @ w.double().t()).softmax(-1)
+        for eps, total in expected.items():
+            total += (probs / eps).clamp(max=1.0).sum(0)
+    columns = w[:HEAVY].contiguous()
+    dz, dx, dw, logits = x.new_zeros(len(x), HEAVY), x.new_empty(x.shape), w.new_empty(columns.shape), x @ w.t()
+    runs = {
+        "one GEMM": lambda: torch.mm(x, w.t(), out=logits),
+        "dX": lambda: torch.mm(dz, columns, out=dx),
+        "dW": lambda: torch.mm(dz.t(), x, out=dw),
+    }
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+    one, *parts = (statistics.median(t[1:]) for t in times.values())
+    rows = [
+        {"what": "dense products", "columns": HEAVY, "dX_to_one_gemm": parts[0] / one, "dW_to_one_gemm": parts[1] / one}
+    ]
+    for eps, total in expected.items():
+        share = total.topk(HEAVY).values.sum() / total.sum()
+        rows.append({"what": "share of entries", "eps": eps, "share": share.item()})
+    for row in rows:
+        print(" ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows
+
+
 def plot(error_rows: list[dict], time_rows: list[dict], path: Path) -> None:
     """Error of dX of the cross-entropy against time, W trained."""
     from matplotlib.figure import Figure
@@ -198,6 +233,7 @@ def main() -> None:
     shape = {"rows": len(p["hidden"]), "vocab": len(p["weight"]), "width": p["hidden"].shape[1]}
     print(about, shape)
     found = {"errors": measure_errors(p, "TRACT") + measure_errors(p, "CE"), "times": measure_times(p, args.rounds)}
+    found["heavy"] = measure_heavy(p, args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sampled.json").write_text(json.dumps({"versions": about, "shape": shape, **found}, indent=1) + "\n")
     plot(found["errors"], found["times"], args.out / "sampled.png")
