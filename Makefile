@@ -46,7 +46,8 @@ wheel: $(STAMP)
 
 test: lint test-native
 	$(TEST) -n 2 --dist worksteal
-	TRITON_INTERPRET=1 $(TEST) -n 2 --dist worksteal tests/loss/test_implementations.py
+	TRITON_INTERPRET=1 $(TEST) -n 2 --dist worksteal tests/loss/test_implementations.py \
+	  tests/loss/test_sampled.py
 
 soak: $(STAMP)
 	$(TEST) -m soak -s

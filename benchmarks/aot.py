@@ -66,19 +66,26 @@ def cases():
 
 
 def sampled_cases(name: str, dtype: str, flags: dict, vocab: bool, odd: bool):
-    """Of the sampled gradient, in all that can be chosen but for frozen parts."""
+    """Of the sampled gradient."""
     shared = {"LOWEST": sampled.LOWEST, "PER_NAT": sampled.PER_NAT, "K": 8, "VOCAB": vocab} | flags
-    drawn = {"MAY_BE_LONG": True, "OVER": sampled.OVER, "EXTRA": sampled.EXTRA, "STEPS": sampled.STEPS}
-    drawn["SCAN"] = triton_sampled.SCAN
+    drawn = {"OVER": sampled.OVER, "EXTRA": sampled.EXTRA, "STEPS": sampled.STEPS, "SCAN": triton_sampled.SCAN}
     block = {"BLOCK": triton_rows.BLOCK_BYTES // DTYPES[dtype]}
     config = triton.Config(block, **triton_rows.LAUNCH)
-    yield triton_sampled.draw_kernel, name, dtype, shared | drawn, config, odd
-    exact = {"EXACT": dtype != "fp32", "NEED_DX": True}
-    yield triton_sampled.settle_kernel, name, dtype, shared | exact, as_config(triton_sampled.SETTLE), odd
-    if not vocab and not any(flags.values()):  # they have no logits
-        yield triton_sampled.place_kernel, name, dtype, {"WRITE": True}, as_config(triton_sampled.PLACE), odd
-        needs = {"NEED_DW": True, "NEED_DB": True}
-        yield triton_sampled.weight_kernel, name, dtype, needs, as_config(triton_sampled.WEIGHT), odd
+    exact = {"EXACT": dtype != "fp32"}
+    for yes in (True, False):
+        part = {"MAY_BE_LONG": yes}
+        yield triton_sampled.draw_kernel, f"{name}, {part}", dtype, shared | drawn | part, config, odd
+        part = {"NEED_DX": yes}
+        launch = as_config(triton_sampled.SETTLE)
+        yield triton_sampled.settle_kernel, f"{name}, {part}", dtype, shared | exact | part, launch, odd
+    if vocab or any(flags.values()):
+        return  # what follows has no logits
+    for yes in (True, False):
+        part = {"WRITE": yes}
+        yield triton_sampled.place_kernel, f"{name}, {part}", dtype, part, as_config(triton_sampled.PLACE), odd
+    for dw, db in ((True, True), (True, False), (False, True)):
+        part = {"NEED_DW": dw, "NEED_DB": db}
+        yield triton_sampled.weight_kernel, f"{name}, {part}", dtype, part, as_config(triton_sampled.WEIGHT), odd
 
 
 def as_config(launch: dict) -> triton.Config:
@@ -110,6 +117,8 @@ def build(kernel, name: str, dtype: str, constants: dict, config: triton.Config,
             attributes[(i,)] = [["tt.divisibility", 16]]  # as for tensors of torch and usual sizes
     source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.maxnreg}
+    if kernel is triton_sampled.draw_kernel:
+        options |= triton_sampled.UNFUSED
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, code = inspect(binary.asm["cubin"])
     return Built(

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.peers import SHAPES, Problem, bare_gemms, contestants
 from tract_fast import doctor, perf
+from tract_fast.loss import native
 
 ON_CPU = ("smollm2-135m", "smollm2-135m-vicuna", "smollm2-135m-3000")
 PEERS = ("liger-kernel", "cut-cross-entropy", "quack-kernels")
@@ -59,7 +60,7 @@ def timed(run: Callable[[], None], device: str) -> float:
 
 def peak_extra(run: Callable[[], None], device: str) -> float:
     """MiB above what was held before, at the peak of one call. On the CPU of the process, looked at every millisecond:
-    a lower bound, since memory that the allocator kept from a call before does not count."""
+    a lower bound, since memory that libc kept from a call before does not count."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -67,6 +68,7 @@ def peak_extra(run: Callable[[], None], device: str) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    native.release()  # what ours keeps from call to call counts as its own
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096  # noqa: E731
     peak, done = [resident()], threading.Event()
     before = peak[0]

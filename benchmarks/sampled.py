@@ -79,6 +79,7 @@ def logit_gradient(p: Problem, rows: slice) -> Tensor:
     return dz
 
 
+@torch.no_grad()
 def products(p: Problem, change: Callable[[Tensor, Tensor], Tensor] = lambda dz, p_: dz) -> list[Tensor]:
     """(dX, dW) in float64 of dZ as ``change`` leaves it."""
     x, w = p["hidden"].double(), p["weight"].double()

@@ -1,4 +1,4 @@
-// The row pass as PyTorch operators, in the namespace tract_fast. Through PyTorch's stable ABI, which has all that is
+// The kernels as PyTorch operators, in the namespace tract_fast. Through PyTorch's stable ABI, which has all that is
 // needed (tensors' pointers and its thread pool), so that one build can serve torch from 2.11 on.
 
 #include <torch/csrc/stable/library.h>
@@ -31,7 +31,7 @@ const Variant& chosen() {
 Type type_of(const Tensor& t) {
   using torch::headeronly::ScalarType;
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
-                  "logits must be float32 or bfloat16");
+                  "the kernels take float32 or bfloat16");
   return t.scalar_type() == ScalarType::Float ? Type::float32 : Type::bfloat16;
 }
 
@@ -248,6 +248,13 @@ Tensor scratch_op(const Tensor like, int64_t rows, int64_t columns) {
                                   return_scratch);
 }
 
+// Gives back what scratch() keeps; returns its bytes.
+int64_t release_op() {
+  const auto bytes = static_cast<int64_t>(kept_scratch());
+  release_scratch();
+  return bytes;
+}
+
 std::string variant_op() { return chosen().name; }
 
 // Raised whenever the operators change; tract_fast/loss/native.py expects the same number.
@@ -274,6 +281,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
   m.def("add(Tensor(a!) total, Tensor part, bool first) -> ()");
   m.def("scale(Tensor total, Tensor by, Tensor(a!) out) -> ()");
   m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
+  m.def("release() -> int");
   m.def("variant() -> str");
   m.def("abi() -> int");
 }
@@ -285,6 +293,7 @@ STABLE_TORCH_LIBRARY_IMPL(tract_fast, CompositeExplicitAutograd, m) {
   m.impl("add", TORCH_BOX(&tract_fast::add_op));
   m.impl("scale", TORCH_BOX(&tract_fast::scale_op));
   m.impl("scratch", TORCH_BOX(&tract_fast::scratch_op));
+  m.impl("release", TORCH_BOX(&tract_fast::release_op));
   m.impl("variant", TORCH_BOX(&tract_fast::variant_op));
   m.impl("abi", TORCH_BOX(&tract_fast::abi_op));
 }

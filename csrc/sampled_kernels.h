@@ -11,14 +11,15 @@ constexpr float LOWEST = -21.487562f;  // -31 ln 2: f_j is 1 there and below
 constexpr float PER_NAT = 12102203.0f;  // 2^23 / ln 2
 
 // f_j for z - shift = a: 2^31 e^a, a power of two interpolated linearly, so at least e^a and at most 6.2% more; KEPT from
-// 0 on. Multiplying and truncating are one rounding each and the rest is integers: no compiler has a choice.
+// 0 on, 0 at -inf (what is taken out, and what has no probability). Multiplying and truncating are one rounding each and the rest is integers: no compiler has a choice.
 inline uint32_t proposal(float a) {
   const float bounded = a < LOWEST ? LOWEST : a;
   int32_t steps = static_cast<int32_t>((bounded < 0.0f ? bounded : -0.0f) * PER_NAT);
   steps = steps < -1 ? steps : -1;  // 2^31 itself does not fit
   const float f = __builtin_bit_cast(float, steps + (158 << 23));
   const uint32_t whole = static_cast<uint32_t>(static_cast<int32_t>(f));
-  return a < 0.0f ? whole : KEPT;
+  const uint32_t drawn = a == NOTHING ? 0u : whole;
+  return a < 0.0f ? drawn : KEPT;
 }
 
 template <class T>

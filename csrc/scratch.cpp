@@ -106,4 +106,9 @@ size_t kept_scratch() {
   return bytes;
 }
 
+void release_scratch() {
+  const std::lock_guard<std::mutex> lock(pool().mutex);
+  for (Block& block : pool().kept) drop(block);
+}
+
 }  // namespace tract_fast

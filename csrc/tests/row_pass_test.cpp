@@ -333,6 +333,8 @@ void check_scratch() {
   return_scratch(large);
   return_scratch(take_scratch(9 << 20));
   expect(kept_scratch() == size_t{18} << 20, "a larger one takes the place of the smallest");
+  release_scratch();
+  expect(kept_scratch() == 0, "nothing is kept when it is released");
   std::vector<std::thread> pool;
   for (int t = 0; t < 8; ++t)
     pool.emplace_back([] {

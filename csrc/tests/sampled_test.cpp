@@ -183,7 +183,8 @@ void check_proposals() {
     expect(f >= wanted * (1 - 2e-6) - 1 && f <= wanted * 1.0616 + 1, "proposal of " + std::to_string(a));
   }
   expect(testing::proposal(0.0f) == KEPT && testing::proposal(3.0f) == KEPT, "kept");
-  expect(testing::proposal(-std::numeric_limits<float>::infinity()) == 1u, "never 0");
+  expect(testing::proposal(-std::numeric_limits<float>::infinity()) == 0u, "nothing is not drawn");
+  expect(testing::proposal(-50.0f) == 1u && testing::proposal(-FLT_MAX) == 1u, "and all else may be");
   expect(testing::proposal(-1e-8f) < 1u << 31, "fits");
 }
 

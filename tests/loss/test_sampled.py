@@ -44,6 +44,9 @@ def use(monkeypatch, name: str) -> None:
     if name == "triton" and not INTERPRETED:
         pytest.skip("Triton's kernels run on a CPU in its interpreter: TRITON_INTERPRET=1")
     module = {"native": native, "torch": sampled}.get(name) or pytest.importorskip("tract_fast.loss.triton_sampled")
+    if name == "triton":  # several blocks a row although the interpreter's vocabularies are small
+        monkeypatch.setattr(module, "SCAN", 256)
+        monkeypatch.setattr(module, "BLOCK_BYTES", 1024)
     monkeypatch.setattr(sampled, "kernels_for", lambda hidden: (module.sampled_rows, module.sampled_weight))
 
 
@@ -114,6 +117,18 @@ def test_the_mean_of_many_draws_is_the_exact_gradient(products, form, dtype):
     assert np.linalg.norm(mean - exact["hidden"]) / np.linalg.norm(exact["hidden"]) < 6 * single.mean() / math.sqrt(n)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="instead of the test above, in the interpreter")
+def test_the_mean_of_some_draws_is_nearer_by_their_root(products):
+    n = 128
+    p = repeated(n, {"normalize": "vocab", "bias": True}, v=40)
+    _, exact = closed_form(p["once"])
+    _, found = sampled_gradients(p, eps=2.0**-3)
+    miss = found["hidden"].double().numpy().reshape(n, 3, -1) - exact["hidden"]
+    single = math.sqrt((miss**2).sum() / n)
+    assert single > 0.01 * np.linalg.norm(exact["hidden"])  # nothing exact answers in its place
+    assert np.linalg.norm(miss.mean(0)) < 2.5 * single / math.sqrt(n)
+
+
 @many_draws
 def test_the_error_falls_as_the_root_of_the_draws(products):
     p = repeated(DRAWS, {})
@@ -142,7 +157,11 @@ def test_the_variance_that_is_reported_is_that_of_the_draws(products, form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_loss_and_its_statistics_are_exact(products, dtype):
     """Of 16-bit logits nearer to the truth than the exact implementation's: the largest are computed again."""
-    p = rounded(problem(n=200, v=700, d=16, k=4, b=90, seed=3, spread=2.0, normalize="vocab"), dtype)
+    if dtype == torch.float16 and sampled.kernels_for(torch.empty(0))[0] is native.sampled_rows:
+        assert sampled.language("cpu", dtype) == "PyTorch"
+        pytest.skip("no C++ kernels of float16")
+    n, b = (40, 18) if INTERPRETED else (200, 90)
+    p = rounded(problem(n=n, v=700, d=16, k=4, b=b, seed=3, spread=2.0, normalize="vocab"), dtype)
     out, _ = sampled_gradients(p, dtype, eps=2.0**-8, seed=1)
     whole = linear_tract_loss(**tensors(p, dtype), implementation="chunked")
     values, _ = closed_form(p)
@@ -164,7 +183,7 @@ def test_without_anything_to_draw_it_is_as_exact_as_eager(dtype, p, upstream):
 @pytest.mark.parametrize("kind", ["triton"] if INTERPRETED else ["native"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("v", [7, 300, 5000] if INTERPRETED else [7, 63, 64, 65, 3000])
+@pytest.mark.parametrize("v", [7, 256, 700] if INTERPRETED else [7, 63, 64, 65, 3000])
 def test_lists_are_those_of_pytorch(monkeypatch, v, form, dtype, kind):
     p = rounded(problem(n=9, v=v, d=16, k=4, b=4, seed=v, spread=2.0, **form), dtype)
     found = []
@@ -184,9 +203,10 @@ def test_lists_are_those_of_pytorch(monkeypatch, v, form, dtype, kind):
 @pytest.mark.parametrize("spread", [0.0, 0.01, 1.0])
 def test_flat_softmaxes_fit_their_lists(products, spread, eps):
     """Nothing is as likely as eps: the list is as long as it can be, and still not cut."""
-    p = rounded(problem(n=5, v=4000, d=8, k=3, b=2, seed=2, spread=spread, ignored=0.0), torch.float32)
+    v = 1500 if INTERPRETED else 4000
+    p = rounded(problem(n=5, v=v, d=8, k=3, b=2, seed=2, spread=spread, ignored=0.0), torch.float32)
     out, found = sampled_gradients(p, eps=eps)
-    most = list_length(4000, 3, eps)
+    most = list_length(v, 3, eps)
     assert out.entries.max() <= most
     assert out.entries.max() >= 0.85 / eps
     assert found["weight"].isfinite().all()
@@ -194,14 +214,15 @@ def test_flat_softmaxes_fit_their_lists(products, spread, eps):
 
 def test_a_score_row_that_outweighs_the_others_raises_its_threshold_instead_of_cutting(products):
     """Its coefficient asks for a list of thousands; the static bound has room for 50, and the mean stays right."""
-    p = repeated(512, {"normalize": "vocab"}, v=2000)
+    n = 16 if INTERPRETED else 512
+    p = repeated(n, {"normalize": "vocab"}, v=2000)
     p["score_weights"] = p["score_weights"] * 1000
     p["once"]["score_weights"] = p["once"]["score_weights"] * 1000
     _, exact = closed_form(p["once"])
     out, found = sampled_gradients(p, eps=2.0**-5)
     assert out.entries.max() <= list_length(2000, 3, 2.0**-5)
-    dx = found["hidden"].double().numpy().reshape(512, 3, -1)[:, 0]
-    error = dx.std(0, ddof=1) / math.sqrt(512)
+    dx = found["hidden"].double().numpy().reshape(n, 3, -1)[:, 0]
+    error = dx.std(0, ddof=1) / math.sqrt(n)
     assert (np.abs(dx.mean(0) - exact["hidden"][0]) < 5 * error + 1e-5 * np.abs(exact["hidden"][0])).all()
 
 
@@ -243,7 +264,7 @@ def test_proposals_are_never_too_small_nor_too_large():
     assert ((f >= exact * (1 - 2e-6) - 1) & (f <= exact * 1.0616 + 1)).all()
     assert f.max() < 2**31
     assert f.min() >= 1
-    assert proposals(torch.tensor([-50.0, -math.inf])).tolist() == [1, 1]
+    assert proposals(torch.tensor([-50.0, -1e30])).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("frozen", [("hidden",), ("weight",), ("weight", "bias"), ("bias",)], ids="+".join)
@@ -256,6 +277,19 @@ def test_frozen_parts(products, frozen):
         assert (grad is None) == (name in frozen)
         if grad is not None:
             torch.testing.assert_close(grad, every[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_several_chunks_draw_what_one_does(products, dtype):
+    p = rounded(problem(n=300, v=300, d=8, k=3, b=40, seed=6, spread=2.0), dtype)  # 128 rows at least in a chunk
+    found = []
+    for budget in (None, 1):
+        out, grads = sampled_gradients(p, dtype, eps=2.0**-5, seed=3, memory_budget=budget)
+        found.append((out.entries, grads))
+    (entries, grads), (other, others) = found
+    assert torch.equal(entries, other)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, others[name])
 
 
 def test_backward_twice_and_an_upstream_gradient(products):
@@ -291,6 +325,7 @@ def test_a_row_that_nothing_uses_may_hold_anything(products, poison):
     p["hidden"][1] = poison
     out, found = sampled_gradients(p, eps=0.1)
     assert out.loss.isfinite()
+    assert out.added_variance.isfinite()
     assert found["weight"].isfinite().all()
     assert (found["hidden"][1] == 0).all()
     assert out.entries[1] == 0
@@ -335,11 +370,12 @@ def test_logits_that_nothing_resolves_end(products, size):
 
 
 def test_a_coefficient_a_billion_times_the_others_fits(products):
-    p = problem(n=4, v=20000, d=8, k=3, b=2, seed=2, spread=1.0, ignored=0.0, normalize="vocab")
+    v = 1500 if INTERPRETED else 20000
+    p = problem(n=4, v=v, d=8, k=3, b=2, seed=2, spread=1.0, ignored=0.0, normalize="vocab")
     p["row_weights"] = np.full(4, 1e-12)
     p["score_weights"] = np.ones(2)
     out, found = sampled_gradients(p)
-    assert out.entries.max() <= list_length(20000, 3, sampled.EPS)
+    assert out.entries.max() <= list_length(v, 3, sampled.EPS)
     assert found["weight"].isfinite().all()
 
 
@@ -353,7 +389,7 @@ def test_huge_logits_fit_their_lists(products):
     assert found["weight"].isfinite().all()
 
 
-@pytest.mark.skipif(not NATIVE, reason="the native kernels are not built")
+@pytest.mark.skipif(INTERPRETED or not NATIVE, reason="of the native kernels")
 @pytest.mark.parametrize("variant", ["portable", "avx2", "avx512", "avx512bf16"])
 def test_every_instruction_set_and_number_of_threads_lists_the_same(variant):
     script = (

@@ -14,6 +14,8 @@ chunks. Nothing waits for the device and everything is deterministic.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,7 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
     n, n_vocab = len(a.hidden), len(a.weight)
     plan, rows = _plan(a), row_pass_for(a.hidden.device)
     terms, stats = row_terms(a), new_stats(a)
-    dx, dw, db = _new_gradients(a, plan.defer)
-    dw = native.scratch(dw, *dw.shape) if len(dw) else dw
+    dx, dw, db = _new_gradients(a, plan.defer, native.scratch)
     logits = native.scratch(a.hidden, plan.rows, padded(n_vocab))[:, :n_vocab]
     with torch.autocast(a.hidden.device.type, enabled=False):
         for start in range(0, n, plan.rows):
@@ -65,7 +66,7 @@ def _(*args):  # len() of a tensor would fix its size in the trace: shape here a
     plan = _plan(a)
     n_vocab = a.weight.shape[0]
     dz = a.hidden.new_empty(plan.rows, padded(n_vocab))[:, :n_vocab] if plan.defer else a.hidden.new_empty(0, n_vocab)
-    return new_scalar(a), *new_stats(a), new_scalar(a), *_new_gradients(a, plan.defer), dz
+    return new_scalar(a), *new_stats(a), new_scalar(a), *_new_gradients(a, plan.defer, torch.Tensor.new_empty), dz
 
 
 def padded(n_vocab: int) -> int:
@@ -73,12 +74,12 @@ def padded(n_vocab: int) -> int:
     return round_up(n_vocab, ROW_ALIGNMENT)
 
 
-def _new_gradients(a: Arguments, defer: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dX, dW and db to be filled, empty where they are not needed; dW also where it waits for backward."""
+def _new_gradients(a: Arguments, defer: bool, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """dX, dW (of ``new``) and db to be filled, empty where they are not needed; dW also where it waits for backward."""
     (n, width), n_vocab = a.hidden.shape, a.weight.shape[0]
     return (
         a.hidden.new_empty(n if a.need_dx else 0, width),
-        a.weight.new_empty(n_vocab if a.need_dw and not defer else 0, width, dtype=torch.float32),
+        new(a.weight.new_empty(0, dtype=torch.float32), n_vocab if a.need_dw and not defer else 0, width),
         a.weight.new_zeros(n_vocab if a.need_db else 0, dtype=torch.float32),
     )
 
@@ -131,7 +132,7 @@ def _remember(ctx, inputs, output) -> None:
     a = Arguments(*inputs)
     unit, dx, dw, db, dz = output[-5:]
     # hidden is read again only where dW waits for backward; the weight never is
-    hidden = a.hidden if dz.shape[0] else a.hidden[:0]
+    hidden = a.hidden if dz.shape[0] else a.hidden.new_empty(0, a.hidden.shape[1])
     ctx.save_for_backward(hidden, a.labels, a.score_rows, unit, dx, dw, db, dz)
     ctx.dtype = a.weight.dtype
     ctx.set_materialize_grads(False)

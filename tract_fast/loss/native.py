@@ -95,7 +95,7 @@ def sampled_weight(lists: tuple[Tensor, ...], x: Tensor, scale: Tensor, dw: Tens
 
 def add(total: Tensor, part: Tensor, *, first: bool) -> None:
     """``total += part``, or ``=`` at ``first``, of a float32 sum and a 16-bit part, in one pass."""
-    if runs(part.dtype):
+    if part.device.type == "cpu" and runs(part.dtype):
         torch.ops.tract_fast.add(total, part, first)
     elif first:
         total.copy_(part)
@@ -111,10 +111,14 @@ def scaled(total: Tensor, scale: Tensor, out: Tensor) -> bool:
     return True
 
 
-def scratch(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty (rows, columns) tensor on the device of ``like``, of its dtype unless one is given, for a chunk of
-    logits or dW. On the CPU its memory is kept when it is let go: a fresh one would be paged in and zeroed at every
-    call."""
+def scratch(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty (rows, columns) tensor of the dtype and device of ``like``, for a chunk of logits or dW. On the CPU its
+    memory is kept when it is let go: a fresh one would be paged in and zeroed at every call."""
     if like.device.type == "cpu" and missing() is None:
-        return torch.ops.tract_fast.scratch(like if dtype is None else like.new_empty(0, dtype=dtype), rows, columns)
-    return like.new_empty(rows, columns, dtype=dtype)
+        return torch.ops.tract_fast.scratch(like, rows, columns)
+    return like.new_empty(rows, columns)
+
+
+def release() -> int:
+    """Give back the memory that ``scratch`` keeps for the next call; returns how many bytes it was."""
+    return torch.ops.tract_fast.release() if missing() is None else 0

@@ -142,7 +142,8 @@ def list_length(n_vocab: int, n_tokens: int, eps: float) -> int:
 
 def starts(seed: Tensor, n: int, device: torch.device) -> Tensor:
     """(n,) int64 in [0, 2^31): where the running sum of each row starts, splitmix64 of (seed, row)."""
-    z = seed.to(device) + torch.arange(1, n + 1, device=device) * -0x61C8864680B583EB
+    # the seed is on the CPU: as a number it reaches the device without a copy that would wait for it
+    z = torch.arange(1, n + 1, device=device) * -0x61C8864680B583EB + int(seed)
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * factor
     return (z ^ ((z >> 31) & (2**33 - 1))) & (ONE - 1)
@@ -256,7 +257,7 @@ def proposed(z: Tensor, taken: Tensor, e: Tensor, lse: Tensor) -> tuple[Tensor, 
     shift = (((lse.double() + e.log()) * STEPS).round() / STEPS).float()[:, None]
     distance = z - shift
     kept = (distance >= 0) & ~taken
-    return kept, proposals(distance.masked_fill(taken, float("-inf"))).masked_fill_(kept, 0)
+    return kept, proposals(distance).masked_fill_(kept | taken | z.isneginf(), 0)
 
 
 def _append(
@@ -295,8 +296,9 @@ def _remember(ctx, inputs, output) -> None:
     a = Arguments(*inputs[:-2])
     unit, dx, *lists = output[6:11]
     if not (a.need_dw or a.need_db):
-        lists = [x[:0] for x in lists]
-    ctx.save_for_backward(a.hidden if a.need_dw else a.hidden[:0], unit, dx, *lists)
+        lists = [x.new_empty(0, *x.shape[1:]) for x in lists]  # x[:0] would hold the memory of x
+    hidden = a.hidden if a.need_dw else a.hidden.new_empty(0, a.hidden.shape[1])
+    ctx.save_for_backward(hidden, unit, dx, *lists)
     ctx.n_vocab, ctx.needs = a.weight.shape[0], (a.need_dw, a.need_db)
     ctx.set_materialize_grads(False)
 

@@ -173,7 +173,7 @@ def row_kernel(
             row, label, token, is_token, bias, picked_label, picked_scores, k, n_tokens, softcap, logit_scale,
             HAS_BIAS, SOFTCAP,
         )  # fmt: skip
-        factor, dz_label, dz_scores, _, _, _ = finish(
+        factor, dz_label, dz_scores, _kappa, _log_sum, _share = finish(
             row, top, others, label, z_label, token, is_token, z_scores, value, k, n_tokens,
             ce, score, score_target, nll, lse, expected, mass, probs, VOCAB,
         )  # fmt: skip

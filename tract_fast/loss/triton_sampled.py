@@ -40,11 +40,12 @@ from tract_fast.loss.triton_rows import (
 )
 from tract_fast.loss.tuning import on_device
 
+UNFUSED = {"enable_fp_fusion": False}  # of the draw, whose lists must not depend on what a compiler contracts
 SCAN = 4096  # columns drawn at a time: twice as many spill
 # Entries and width of a tile of gathered rows. Not tuned.
 SETTLE = {"E": 8, "BD": 256, "num_warps": 4, "maxnreg": 255}
 WEIGHT = {"E": 16, "BD": 256, "num_warps": 4}
-PLACE = {"E": 128, "num_warps": 4}
+PLACE = {"E": 4 * 32, "num_warps": 4}  # an entry a thread: none reads an end that another has moved
 SHARES, LEAST_ROWS = 64, 16  # of the rows, in the counting sort; rows of a share
 
 
@@ -58,7 +59,8 @@ def proposal(a, LOWEST: tl.constexpr, PER_NAT: tl.constexpr):
 @triton.jit
 def proposed(z, shift, LOWEST: tl.constexpr, PER_NAT: tl.constexpr):
     """(listed for certain, proposal of the others as int64: 0 where nothing is drawn)."""
-    kept = z >= shift
+    there = z > float("-inf")
+    kept = there & (z >= shift)  # the shift may be -inf itself
     f = proposal(z - shift, LOWEST, PER_NAT).to(tl.int64)
     return kept, tl.where(kept | (z == float("-inf")), 0, f)
 
@@ -72,7 +74,7 @@ def longest(
     certain, total = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
     for start in range(0, n_vocab, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z, _ = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)
+        z, _slope = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)
         kept, f = proposed(z, shift, LOWEST, PER_NAT)
         certain += tl.sum(kept.to(tl.int64), 0)
         total += tl.sum(f, 0)
@@ -110,11 +112,12 @@ def draw_kernel(
         label = tl.load(labels + row)
         take_out(start_of_row, label, token, is_token, k)
         top, others = row_sums(start_of_row, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, BLOCK)
-        z_label, _, z_scores, _ = picked_logits(
+        # names of their own for what is not used: to Triton "_" is one variable, of one shape
+        z_label, _slope_label, z_scores, _slope_scores = picked_logits(
             row, label, token, is_token, bias, picked_label, picked_scores, k, n_tokens, softcap, logit_scale,
             HAS_BIAS, SOFTCAP,
         )  # fmt: skip
-        _, _, _, kappa, log_sum, share = finish(
+        _factor, _dz_label, _dz_scores, kappa, log_sum, share = finish(
             row, top, others, label, z_label, token, is_token, z_scores, value, k, n_tokens,
             ce, score, score_target, nll, lse, expected, mass, probs, VOCAB,
         )  # fmt: skip
@@ -137,7 +140,7 @@ def draw_kernel(
             position = tl.load(starts + row)
             for start in range(0, n_vocab, SCAN):
                 cols = start + tl.arange(0, SCAN)
-                z, _ = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)
+                z, _slope = load_block(start_of_row, cols, n_vocab, bias, softcap, logit_scale, HAS_BIAS, SOFTCAP)
                 kept, f = proposed(z, shift, LOWEST, PER_NAT)
                 both = (kept.to(tl.int64) << 46) + f
                 after = tl.cumsum(both, 0) + position
@@ -247,7 +250,7 @@ def settle_kernel(
         row, label, token, is_token, bias, picked_label, picked_scores, k, n_tokens, softcap, logit_scale,
         HAS_BIAS, SOFTCAP,
     )  # fmt: skip
-    factor, dz_label, dz_scores, _, _, _ = finish(
+    factor, dz_label, dz_scores, _kappa, _log_sum, _share = finish(
         row, top, others, label, z_label, token, is_token, z_scores, value, k, n_tokens,
         ce, score, score_target, nll, lse, expected, mass, probs, VOCAB,
     )  # fmt: skip
@@ -268,7 +271,8 @@ def settle_kernel(
     tl.debug_barrier()
     if NEED_DX:
         tl.store(norm + row, sum_of_rows(row, count, columns, values, most, weight, width, dx, E, BD))
-        tl.store(spread + row, variance * factor * factor)
+        # a row that nothing uses may hold anything, and has no variance
+        tl.store(spread + row, tl.where(variance > 0, variance * factor * factor, 0.0))
 
 
 def sampled_rows(
@@ -304,7 +308,7 @@ def sampled_rows(
             logits, n, n_vocab, logits.stride(0), *shared,
             begins, reference, eps, lists.columns, lists.counts, most, most - n_tokens - 1, *per_row,
             MAY_BE_LONG=most <= n_vocab, OVER=OVER, EXTRA=EXTRA, STEPS=STEPS,
-            BLOCK=BLOCK_BYTES // logits.element_size(), SCAN=SCAN, **constants, **LAUNCH, enable_fp_fusion=False,
+            BLOCK=BLOCK_BYTES // logits.element_size(), SCAN=SCAN, **constants, **LAUNCH, **UNFUSED,
         )  # fmt: skip
         settle_kernel[(n,)](
             logits, logits.stride(0), x, a.weight, x.shape[1], *shared,
