@@ -4,10 +4,11 @@
 // Algorithm. Let p_j be a row's probabilities and e its threshold. Columns with p_j >= e are listed. Of the others, column
 // j is listed with probability f_j / 2^31, where f_j is p_j / e in fixed point, made of z_j by three float operations and
 // an integer addition, none of which can be fused or reordered: it exceeds p_j / e by up to 6.2%, and every processor and
-// block length gives the same (of the same logits: a soft-cap rounds them differently). Systematic sampling: a running sum starts at a number drawn for the row, and j is listed where
-// adding f_j takes it past a multiple of 2^31. A listed column has the value kappa p_j (2^31 / f_j), with the p_j of its
-// exact logit: expectation kappa p_j, whatever f_j is, rounding included. Label and score tokens are always listed,
-// exactly. Derivation and measurements: docs/sampled-gradient.md.
+// block length gives the same (of the same logits: a soft-cap rounds them differently). Systematic sampling: a running
+// sum starts at a number drawn for the row, and j is listed where adding f_j takes it past a multiple of 2^31. A listed
+// column has the value kappa p_j (2^31 / f_j), with the p_j of its exact logit: expectation kappa p_j, whatever f_j is,
+// rounding included. Label and score tokens are always listed, exactly. Derivation and measurements:
+// docs/sampled-gradient.md.
 //
 // The list of a row has at most K + 3 + 1.07 m / e entries (m: the probability of all other columns). Where that would not
 // fit, the longest list of the row is counted (a third read of its logits), and if that does not fit either the threshold

@@ -208,7 +208,7 @@ def test_flat_softmaxes_fit_their_lists(products, spread, eps):
     out, found = sampled_gradients(p, eps=eps)
     most = list_length(v, 3, eps)
     assert out.entries.max() <= most
-    assert out.entries.max() >= 0.85 / eps
+    assert out.entries.max() >= (0.5 if INTERPRETED else 0.85) / eps
     assert found["weight"].isfinite().all()
 
 
