@@ -11,10 +11,12 @@ import torch
 
 from tests.tiny_runs import tiny_recipe, write_data
 from tract_fast import estimate, log, model, train
+from tract_fast.attention import DOCUMENTS
 from tract_fast.data import prompt
 from tract_fast.data.batch import collate, normalizer
 from tract_fast.errors import UserError
 from tract_fast.prepare import prepare
+from tract_fast.sharing import choose_sharing
 
 
 def prepared(recipe):
@@ -113,10 +115,14 @@ def test_prompts_of_the_feedback_collection_are_known(tmp_path, monkeypatch):
     assert prepared(tiny_recipe(tmp_path))[0].template
 
 
-def test_plan_counts_what_training_does(tmp_path):
-    recipe = tiny_recipe(tmp_path, train__max_tokens=200)
+@pytest.mark.parametrize("share", ["auto", "off"])
+def test_plan_counts_what_training_does(tmp_path, share):
+    write_data(tmp_path / "data.jsonl", siblings=3)
+    recipe = tiny_recipe(tmp_path, train__max_tokens=200, data__share_prompts=share)
     data, _ = prepared(recipe)
-    step = estimate.plan(recipe, data.train)
+    groups, _ = choose_sharing(recipe, data.config, DOCUMENTS, data.train, world=1)
+    assert (groups is not None) is (share == "auto")
+    step = estimate.plan(recipe, data.train, groups=groups)
     train.run(recipe)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "eval" not in line]

@@ -18,7 +18,16 @@ from tract_fast.report import plot_curves, read_metrics
 
 def train_line(step: int, **changes) -> dict:
     values = {"loss": 2.0, "ce": 3.0 / step, "mse": 4.0 / step, "score_mass": 0.5, "score_mae": 1.0, "lr": 1e-3 / step}
-    return {"step": step, **values, "grad_norm": 1.0, "tokens": 100, "rows": 20, "seconds": 0.1, **changes}
+    return {
+        "step": step,
+        **values,
+        "grad_norm": 1.0,
+        "tokens": 100,
+        "logical_tokens": 120,
+        "rows": 20,
+        "seconds": 0.1,
+        **changes,
+    }
 
 
 def eval_line(step: int, **changes) -> dict:

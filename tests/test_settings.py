@@ -115,8 +115,6 @@ def test_places_that_are_no_file(tmp_path):
         ("train.optim", ": the optimizer is AdamW, set by train.betas, train.eps and train.weight_decay"),
         ("train.gradient_accumulation_steps", ": train.batch is the whole step's; micro-batches are packed up to"),
         ("fp16", ": float16 needs loss scaling, which is not there; model.dtype is bfloat16 or float32"),
-        ("data.share_prompts", ": not in this version"),
-        ("data.share_prompts", ": not in this version"),
         ("xyzzy.plugh", ""),
     ],
 )

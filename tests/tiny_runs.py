@@ -30,14 +30,17 @@ def save_model(folder: Path, family: str = "llama", seed: int = 0) -> Path:
     return folder
 
 
-def write_data(path: Path, n: int = 24, seed: int = 0) -> Path:
-    """``n`` plain judgements on n // 2 questions, of varied length."""
+def write_data(path: Path, n: int = 24, seed: int = 0, siblings: int = 1) -> Path:
+    """``n`` plain judgements on n // 2 questions, of varied length; ``siblings`` of them have the same prompt."""
     rng = random.Random(seed)
     with path.open("w", encoding="utf-8") as file:
         for i in range(n):
             rationale = ", ".join(rng.choices(WORDS, k=rng.randint(1, 3))) + "."
-            prompt = f"Question {i // 2}: {' '.join(rng.choices(WORDS, k=rng.randint(1, 4)))}?"
-            record = {"prompt": prompt, "rationale": rationale, "score": rng.randint(1, 5), "question": f"q{i // 2}"}
+            if i % siblings == 0:
+                question = i // 2
+                prompt = f"Question {question}: {' '.join(rng.choices(WORDS, k=rng.randint(1, 4)))}?"
+            score = rng.randint(1, 5)
+            record = {"prompt": prompt, "rationale": rationale, "score": score, "question": f"q{question}"}
             file.write(json.dumps(record) + "\n")
     return path
 

@@ -5,6 +5,11 @@ itself alone, causally, with queries aligned to the end of its keys. No mask is 
 attention name it does not know (DESIGN section 6), and calling with ``use_cache=False`` and no attention mask is what
 keeps documents apart.
 
+With shared prompts a document is a segment of ``data/tree.py``, and ``key_index`` names its keys: the tokens before it
+in its sequence, wherever they are, and its own. They are gathered, so that one call has all keys of a query and one
+softmax over them. (Attending to prompt and rationale in two calls and merging those by their log-sum-exp gives the same
+output, but wrong gradients: no backward of these kernels takes a gradient of the log-sum-exp.)
+
 Two functions serve it: ``torch.nn.attention.varlen.varlen_attn`` (one kernel call, CUDA, 16-bit) and a loop over
 documents (SDPA, any device and dtype; explicit softmax where the model caps its attention logits). transformers' own
 flash-attention names can be asked for and take the same arguments.
@@ -20,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from tract_fast.errors import UserError
+from tract_fast.gather import gather_rows
 
 VARLEN, DOCUMENTS = "tract_varlen", "tract_documents"
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # of varlen_attn and flash-attn
@@ -84,6 +90,7 @@ def varlen_attention(
     cu_seq_lens_k: Tensor,
     max_length_q: int,
     max_length_k: int,
+    key_index: Tensor | None = None,  # (K,) int64 into T; None: the keys of a document are its own tokens
     scaling: float | None = None,
     sliding_window: int | None = None,
     **unused,
@@ -92,6 +99,8 @@ def varlen_attention(
     _refuse(attention_mask, unused)
     attend, has_gqa = _varlen()
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    if key_index is not None:
+        k, v = gather_rows(k, key_index), gather_rows(v, key_index)  # (K, G, D)
     gqa = {}
     if q.shape[1] != k.shape[1]:
         if has_gqa:
@@ -117,6 +126,7 @@ def document_attention(
     cu_seq_lens_k: Tensor,
     max_length_q: int,
     max_length_k: int,
+    key_index: Tensor | None = None,  # (K,) int64 into T; None: the keys of a document are its own tokens
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -124,6 +134,8 @@ def document_attention(
 ) -> tuple[Tensor, None]:
     """One attention call per document; returns (1, T, H, D). On CUDA it costs one sync per call (the lengths)."""
     _refuse(attention_mask, unused)
+    if key_index is not None:
+        key, value = (gather_rows(x[0].transpose(0, 1), key_index).transpose(0, 1)[None] for x in (key, value))
     lengths_q, lengths_k = (cu.diff().tolist() for cu in (cu_seq_lens_q, cu_seq_lens_k))
     documents = zip(query.split(lengths_q, 2), key.split(lengths_k, 2), value.split(lengths_k, 2), strict=True)
     out = [_one_document(*qkv, scaling, sliding_window, softcap) for qkv in documents]
@@ -147,6 +159,47 @@ def _one_document(
     logits = (torch.tanh(logits / cap) * cap).masked_fill(~visible, float("-inf"))
     precise = torch.promote_types(logits.dtype, torch.float32)
     return torch.softmax(logits, dim=-1, dtype=precise).to(v.dtype) @ v
+
+
+@torch.enable_grad()
+def check_alignment(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Queries fewer than keys must see the keys up to their own place; returns a line to print.
+
+    torch says of ``varlen_attn`` that it is causal, not to which end of the keys it aligns the queries, and shared
+    prompts depend on that. Output and gradients are held against a plain softmax in float32 on the CPU. Raises
+    UserError where they differ.
+    """
+    tokens = torch.Generator().manual_seed(0)
+    # a prompt of 40 tokens, then 13 and 7 that go on from it
+    keys = [torch.arange(40), torch.arange(53), torch.cat([torch.arange(40), torch.arange(53, 60)])]
+    fields = {
+        "cu_seq_lens_q": torch.tensor([0, 40, 53, 60], dtype=torch.int32, device=device),
+        "cu_seq_lens_k": torch.tensor([0, 40, 93, 140], dtype=torch.int32, device=device),
+        "max_length_q": 40,
+        "max_length_k": 53,
+        "key_index": torch.cat(keys).to(device),
+    }
+    qkv = [torch.randn(1, heads, 60, 64, generator=tokens).to(device, dtype).requires_grad_() for heads in (4, 2, 2)]
+    upstream = torch.randn(1, 60, 4, 64, generator=tokens).to(device, dtype)
+    attend = {VARLEN: varlen_attention, DOCUMENTS: document_attention}[name]
+    out, _ = attend(None, *qkv, None, **fields, scaling=0.125)
+    found = [out, *torch.autograd.grad(out, qkv, upstream)]
+
+    visible = torch.zeros(60, 60, dtype=torch.bool)
+    for places in keys:
+        visible[places[:, None], places] = places[:, None] >= places
+    q, k, v = (x.detach().cpu().float().requires_grad_() for x in qkv)
+    weights = (q @ k.repeat_interleave(2, dim=1).transpose(2, 3) * 0.125).masked_fill(~visible, -torch.inf).softmax(-1)
+    out = (weights @ v.repeat_interleave(2, dim=1)).transpose(1, 2)
+    expected = [out, *torch.autograd.grad(out, (q, k, v), upstream.cpu().float())]
+    pairs = zip(found, expected, strict=True)
+    error = max(((got.cpu().float() - want).norm() / want.norm()).item() for got, want in pairs)
+    if not error <= (1e-4 if dtype == torch.float32 else 3e-2):
+        raise UserError(
+            f"data.share_prompts = auto: attention {name} on {device.type} computes something else where queries are "
+            f"fewer than keys (relative error {error:.1e}): write data.share_prompts: off"
+        )
+    return f"shared prompts check: {name} aligns queries to the end of their keys (relative error {error:.0e})"
 
 
 def _refuse(attention_mask: Tensor | None, unused: dict) -> None:

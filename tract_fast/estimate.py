@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +27,7 @@ from tract_fast.model import DTYPES, add_lora, choose_attention
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
 from tract_fast.shard import local_device
+from tract_fast.sharing import choose_sharing
 
 CPU_PROCESS = 450 * 2**20  # Python, torch, transformers, tokenizer, data: measured
 CPU_FRAGMENTATION = 0.75  # of the activations, held by malloc beside them: measured with the demo
@@ -46,8 +48,8 @@ class StepPlan:
     planned: int
 
 
-def plan(recipe: Recipe, examples: list[Encoded], world: int = 1) -> StepPlan:
-    """Pack the first steps as training would."""
+def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, groups: np.ndarray | None = None) -> StepPlan:
+    """Pack the first steps as training would; ``groups`` where it shares prompts (``sharing``)."""
     settings = recipe.train
     steps = batches.total_steps(
         len(examples), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
@@ -62,12 +64,14 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1) -> StepPlan:
             step=step,
             shuffle=settings.shuffle,
             world=world,
+            groups=groups,
         )
-        groups = [[members[i] for i in group] for rank in packed for group in rank if group]
-        micro.append(len(groups))
-        tokens += [sum(len(e.ids) for e in g) for g in groups]
-        rows += [sum(len(e.ids) - e.prompt_len for e in g) for g in groups]
-        counts.append(sum(len(e.ids) for e in members))
+        parts = [[members[i] for i in part] for rank in packed for part in rank if part]
+        micro.append(len(parts))
+        computed = [batches.layout_of(part, share=groups is not None).tokens for part in parts]
+        tokens += computed
+        rows += [sum(len(e.ids) - e.prompt_len for e in part) for part in parts]
+        counts.append(sum(computed))
     return StepPlan(
         steps=steps,
         epochs=steps / batches.steps_per_epoch(len(examples), settings.batch),
@@ -163,12 +167,13 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.rule("recipe")
     console.print(recipes.dump(recipe), markup=False)
-    step = plan(recipe, data.train)
+    device = local_device()
+    name, reason = choose_attention(recipe.model, data.config, device)
+    groups, shared = choose_sharing(recipe, data.config, name, data.train, world=1)
+    step = plan(recipe, data.train, groups=groups)
     console.rule("plan")
     first, last = (optim.learning_rate(s, step.steps, recipe.train) for s in (0, step.steps - 1))
-    device = local_device()
     loss, why = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, data.config)
-    name, reason = choose_attention(recipe.model, data.config, device)
     sequences = min(recipe.train.batch, len(data.train))
     console.print(
         f"{step.steps} steps = {step.epochs:.2f} epochs of {len(data.train)} examples; {sequences} sequences, "
@@ -176,6 +181,7 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
         f"(first {step.planned} steps packed)\n"
         f"lr {first:.2e} at first, {recipe.train.lr:.2e} at its peak, {last:.2e} at last; "
         f"{len(data.held_out)} held-out examples; {len(data.left_out)} records left out\n"
+        f"{shared}\n"
         f"device {device}; attention {name} ({reason}); loss {loss} ({why})\n"
         f"{recipe.run.dir}: {f'goes on from {start.name}' if start else 'a new run'}",
         markup=False,

@@ -209,23 +209,26 @@ def show(metrics: dict[str, Any], out: Path) -> None:
 
 
 @torch.no_grad()
-def held_out_metrics(model: TractModel, examples: Sequence[Encoded], recipe: Recipe, ranks: Ranks) -> dict:
+def held_out_metrics(
+    model: TractModel, examples: Sequence[Encoded], recipe: Recipe, ranks: Ranks, share: bool = False
+) -> dict:
     """Metrics on given rationales: the expected score after each, against that example's own score.
 
     Returns pearson, spearman, rmse, mae, ce (mean over tokens, natural log), score_mass (mean vocabulary probability
     on the score tokens) and n; None where a value is undefined or not finite. Every rank must call it; the
-    micro-batches are the same at every step.
+    micro-batches are the same at every step. ``share``: prompts are shared, as in training.
     """
     score_ce = recipe.loss.score_ce
     norm = batches.normalizer(examples, ce_weight=1.0, regression_weight=1.0, score_ce=score_ce, ce_reduction="token")
-    lengths = [len(e.ids) for e in examples]
-    mine = batches.pack(lengths, max_tokens=recipe.train.max_tokens, world=ranks.world)[ranks.rank]
+    groups = batches.prompt_groups(examples) if share else None
+    mine = batches.pack_examples(examples, recipe.train.max_tokens, ranks.world, groups)[ranks.rank]
     found = torch.zeros(len(examples), 2, dtype=torch.float64, device=ranks.device)  # expected score, score mass
     ce_sum = torch.zeros(1, dtype=torch.float64, device=ranks.device)
     was_training = model.training
     model.eval()
     for chosen in mine:
-        batch = batches.collate([examples[i] for i in chosen], norm, score_ce=score_ce).to(ranks.device)
+        part = [examples[i] for i in chosen]
+        batch = batches.collate(part, norm, score_ce=score_ce, share=share).to(ranks.device)
         out = model(batch)
         rows = torch.tensor(chosen, dtype=torch.int64, device=ranks.device)
         found[rows] = torch.stack([out.expected_score, out.score_mass], dim=1).double()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
 from tract_fast.errors import UserError
+from tract_fast.gather import gather_rows
 from tract_fast.loss import TractLoss, linear_tract_loss
 from tract_fast.loss.choice import choose
 from tract_fast.loss.sampled import language
@@ -68,9 +69,10 @@ class TractHead(nn.Linear):
         }
 
     def forward(self, hidden: Tensor, batch: Batch) -> TractLoss:
-        """``hidden`` (T, D): all tokens of the micro-batch. Only the batch's rows reach the GEMM."""
+        """``hidden`` (T, D): all tokens of the micro-batch. Only the batch's rows reach the GEMM; the end of a shared
+        prompt is one row per rationale, each with its own label."""
         return linear_tract_loss(
-            hidden.index_select(0, batch.rows),
+            gather_rows(hidden, batch.rows),
             self.weight,
             batch.labels,
             batch.score_rows,

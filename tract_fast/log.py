@@ -86,6 +86,12 @@ def open_tracker(name: str, run_dir: Path, recipe: dict, done: int) -> Tracker:
     return Tracker(lambda step, values: tracker.log(values, step=step), tracker.finish)
 
 
+def _speed(record: dict[str, Any]) -> str:
+    """Tokens computed a second; where prompts are shared, also as if each were computed for each of its sequences."""
+    computed, logical = (record[name] / record["seconds"] for name in ("tokens", "logical_tokens"))
+    return f"{computed:.0f} tok/s" + (f" ({logical:.0f} logical)" if logical > computed else "")
+
+
 class RunLog:
     """The one place a run writes to. Only the main rank makes one that is ``loud``; the others write nothing."""
 
@@ -131,7 +137,7 @@ class RunLog:
             f"loss {record['loss']:.4f}  ce {record['ce']:.4f}  mse {record['mse']:.3f}  "
             f"mass {record['score_mass']:.3f}  "
             f"mae {record['score_mae']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
-            f"{record['tokens'] / record['seconds']:.0f} tok/s  "
+            f"{_speed(record)}  "
             f"{perf.peak_memory(self.device) / 2**30:.1f} GiB"
         )
         if self.bar:

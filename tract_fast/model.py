@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tract_fast import attention
-from tract_fast.data.batch import Batch
+from tract_fast.data.batch import Batch, attention_fields
 from tract_fast.data.scores import ScoreScale
+from tract_fast.data.tree import Layout, lay_out
 from tract_fast.errors import UserError
 from tract_fast.head import TractHead, choose_loss
 from tract_fast.loss import TractLoss
@@ -66,6 +67,7 @@ def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
         max_length_q=batch.max_length_q,
         max_length_k=batch.max_length_k,
         use_cache=False,
+        **({} if batch.key_index is None else {"key_index": batch.key_index}),
     )
     return out.last_hidden_state[0]
 
@@ -253,11 +255,13 @@ def choose_attention(model: Model, config, device: torch.device) -> tuple[str, s
     return attention.resolve_attention(model.attention, device, DTYPES[model.dtype], caps)
 
 
-def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.device, say=print) -> TractModel:
+def build(
+    recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.device, say=print, *, share: bool = False
+) -> TractModel:
     """The model to train, on ``device``, checked against transformers' own forward pass, not yet sharded.
 
     With LoRA the frozen base is stored in ``model.dtype`` and the adapters in float32; without it every weight is a
-    float32 master. ``say`` receives one line per choice made here.
+    float32 master. ``say`` receives one line per choice made here. ``share``: prompts will be shared; that is checked.
     """
     dtype = DTYPES[recipe.model.dtype]
     name, reason = choose_attention(recipe.model, config, device)
@@ -271,7 +275,9 @@ def build(recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.de
     if device.type == "cuda":
         say(_apply_liger(lm, recipe.model.liger))
     softcap, logit_scale = logit_transform(config)
-    say(self_check(lm, dtype, name, softcap, logit_scale))
+    say(self_check(lm, dtype, name, softcap, logit_scale, share))
+    if share:
+        say(attention.check_alignment(name, device, dtype))
     if recipe.lora.rank:
         add_lora(lm, recipe.lora, dtype, recipe.train.seed)
     loss = recipe.loss
@@ -308,38 +314,49 @@ def _apply_liger(lm: nn.Module, setting: str) -> str:
 
 @torch.no_grad()
 def self_check(
-    lm: nn.Module, dtype: torch.dtype, attention_name: str, softcap: float | None, logit_scale: float
+    lm: nn.Module,
+    dtype: torch.dtype,
+    attention_name: str,
+    softcap: float | None,
+    logit_scale: float,
+    share: bool = False,
 ) -> str:
-    """Two documents packed must give what transformers' own forward pass gives for each alone; returns a line to print.
+    """Documents packed must give what transformers' own forward pass gives for each alone; returns a line to print.
 
     Computed in ``dtype``, as training will (some kernels take 16 bits only). Catches documents that see each other,
     attention that ignores something that short documents need, and a head with more between hidden states and logits
-    than soft-cap and scale. Raises UserError otherwise.
+    than soft-cap and scale. Two of the three documents begin alike: with ``share`` that is there once. Raises UserError
+    where they differ.
     """
     device = lm.get_input_embeddings().weight.device
     vocabulary = lm.get_output_embeddings().out_features
     tokens = torch.Generator().manual_seed(0)
-    documents = [torch.randint(vocabulary, (n,), generator=tokens).to(device) for n in (11, 7)]
+    draw = lambda n: torch.randint(vocabulary, (n,), generator=tokens).to(device)  # noqa: E731
+    prompt = draw(11)
+    documents = [torch.cat([prompt, draw(6)]), draw(7), torch.cat([prompt, draw(4)])]
+    layout = lay_out([d.cpu().numpy() for d in documents], [len(prompt)] * 3 if share else None)
     was_training = lm.training
     lm.eval()
     with rounded(lm, dtype):
         lm.set_attn_implementation("eager")
         expected = [lm(input_ids=d[None], use_cache=False).logits[0].float() for d in documents]
         lm.set_attn_implementation(attention_name)
-        logits = lm.get_output_embeddings()(hidden_states(lm.get_decoder(), bare_batch(documents))).float()
+        logits = lm.get_output_embeddings()(hidden_states(lm.get_decoder(), bare_batch(documents, layout))).float()
     logits = logits * logit_scale
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     lm.train(was_training)
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    for got, want in zip(logits.split([len(d) for d in documents]), expected, strict=True):
-        error = ((got - want).norm() / want.norm()).item()
+    how = "three documents packed, the prompt of two shared," if share else "three documents packed"
+    for places, want in zip(layout.places, expected, strict=True):
+        error = ((logits[torch.from_numpy(places).to(device)] - want).norm() / want.norm()).item()
         if not error <= tolerance:
             raise UserError(
-                f"packing check: two documents packed differ from each alone by {error:.1e} (at most {tolerance:.0e}): "
+                f"packing check: {how} differ from each alone by {error:.1e} (at most {tolerance:.0e}): "
                 f"{type(lm).__name__} cannot be trained packed with attention {attention_name}"
+                + (": write data.share_prompts: off" if share else "")
             )
-    return f"packing check: two documents packed = each alone (relative error {error:.0e})"
+    return f"packing check: {how} = each alone (relative error {error:.0e})"
 
 
 @contextlib.contextmanager
@@ -355,18 +372,12 @@ def rounded(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             p.data = data
 
 
-def bare_batch(documents: list[Tensor]) -> Batch:
-    """A batch of bare documents, nothing trained on."""
-    lengths = torch.tensor([len(d) for d in documents])
-    cu = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(device=documents[0].device, dtype=torch.int32)
-    none = torch.empty(0, device=documents[0].device)
-    return Batch(
-        input_ids=torch.cat(documents)[None],
-        position_ids=torch.cat([torch.arange(len(d), device=d.device) for d in documents])[None],
-        cu_seq_lens_q=cu,
-        cu_seq_lens_k=cu,
-        max_length_q=int(lengths.max()),
-        max_length_k=int(lengths.max()),
+def bare_batch(documents: list[Tensor], layout: Layout | None = None) -> Batch:
+    """A batch of bare documents on their device, nothing trained on; ``layout`` None: nothing shared."""
+    ids = [d.cpu().numpy() for d in documents]
+    none = torch.empty(0)
+    batch = Batch(
+        **attention_fields(ids, layout or lay_out(ids, None)),
         rows=none.long(),
         labels=none.long(),
         row_weights=none,
@@ -374,6 +385,7 @@ def bare_batch(documents: list[Tensor]) -> Batch:
         score_targets=none,
         score_weights=none,
     )
+    return batch.to(documents[0].device)
 
 
 def checkpoint_activations(model: TractModel, setting: str, *, keep_rng: bool) -> None:

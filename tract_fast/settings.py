@@ -68,7 +68,6 @@ OTHER_NAMES = {
     "run.resume": "resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir",
 }
 NO_SETTING = {  # names of settings that are not needed or not there: what to do instead
-    "share_prompts": "not in this version",
     "fp16 float16 half": "float16 needs loss scaling, which is not there; model.dtype is bfloat16 or float32",
     "gradient_accumulation_steps": "train.batch is the whole step's; micro-batches are packed up to train.max_tokens",
     "warmup_steps num_warmup_steps warmup_ratio": "write train.warmup, a share of all steps such as 0.1",

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tract_fast import checkpoint, estimate, evaluate, log, model, optim, perf, recipe as recipes, shard
+from tract_fast import checkpoint, estimate, evaluate, log, model, optim, perf, recipe as recipes, shard, sharing
 from tract_fast.checkpoint import Progress
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
@@ -46,6 +46,7 @@ class Job:
     model: model.TractModel
     optimizer: torch.optim.Optimizer
     total: int  # optimizer steps of the whole run
+    groups: np.ndarray | None  # (examples,) int64, prompt groups where prompts are shared
 
     @property
     def run_dir(self) -> Path:
@@ -86,7 +87,11 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
 def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], None]) -> Job:
     """Build and shard the model, make the optimizer, count the steps."""
     dtype = model.DTYPES[recipe.model.dtype]
-    built = model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, say)
+    attention_name, _ = model.choose_attention(recipe.model, data.config, ranks.device)
+    groups, line = sharing.choose_sharing(recipe, data.config, attention_name, data.train, ranks.world)
+    say(line)
+    share = groups is not None
+    built = model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, say, share=share)
     shard.shard(built, ranks.mesh, dtype)
     trained = built.trainable()
     count, whole = (sum(p.numel() for p in ps) for ps in (trained.values(), built.parameters()))
@@ -99,7 +104,7 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
     total = batches.total_steps(
         len(data.train), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
     )
-    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total)
+    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, groups)
 
 
 def resume_point(recipe: Recipe) -> Path | None:
@@ -219,7 +224,8 @@ def evaluate_if_due(job: Job, done: int, out: log.RunLog) -> None:
     every = job.recipe.train.eval_every
     if job.data.held_out and (done in (0, job.total) or (every and done % every == 0)):
         out.evaluating(len(job.data.held_out))
-        out.evaluation(done, evaluate.held_out_metrics(job.model, job.data.held_out, job.recipe, job.ranks))
+        share = job.groups is not None
+        out.evaluation(done, evaluate.held_out_metrics(job.model, job.data.held_out, job.recipe, job.ranks, share))
 
 
 def save(job: Job, step: int, out: log.RunLog) -> None:
@@ -245,9 +251,9 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
     lr = optim.learning_rate(step, job.total, recipe.train)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
-    sums = torch.zeros(8, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(9, dtype=torch.float64, device=ranks.device)
     for chosen in micro_batches:
-        batch = batches.collate([examples[i] for i in chosen], norm, score_ce=recipe.loss.score_ce).to(ranks.device)
+        batch = collate(job, [examples[i] for i in chosen], norm).to(ranks.device)
         out = job.model(batch)
         out.loss.backward()
         sums += tally(out, batch)
@@ -256,7 +262,7 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
     sums[-1] = float(stop.received is not None)
     shard.all_sum(sums)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
-    loss, nll, squared, absolute, mass, entries, added, stopping, grad_norm = torch.cat(
+    loss, nll, squared, absolute, mass, tokens, entries, added, stopping, grad_norm = torch.cat(
         [sums, norm_of_gradient.double()[None]]
     ).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -277,7 +283,8 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
         "score_mae": absolute / len(examples),
         "lr": lr,
         "grad_norm": grad_norm,
-        "tokens": sum(len(e.ids) for e in examples),
+        "tokens": int(tokens),
+        "logical_tokens": sum(len(e.ids) for e in examples),
         "rows": rows,
         **sampled,
         "seconds": time.perf_counter() - started,
@@ -296,6 +303,7 @@ def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batc
         step=step,
         shuffle=train.shuffle,
         world=job.ranks.world,
+        groups=job.groups,
     )
     norm = batches.normalizer(
         examples,
@@ -307,12 +315,18 @@ def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batc
     return examples, packed[job.ranks.rank], norm
 
 
+def collate(job: Job, examples: list[Encoded], norm: batches.Normalizer) -> batches.Batch:
+    """One micro-batch of the job, on the CPU."""
+    return batches.collate(examples, norm, score_ce=job.recipe.loss.score_ce, share=job.groups is not None)
+
+
 def tally(out: TractLoss | SampledTractLoss, batch: batches.Batch) -> Tensor:
-    """(8,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, entries of a sampled
-    gradient, its added variance times the rows, a free place."""
+    """(9,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, tokens, entries of a
+    sampled gradient, its added variance times the rows, a free place."""
     error = out.expected_score - batch.score_targets
     none = error.new_zeros(())
     parts = [out.loss.detach(), out.nll.sum(), error.square().sum(), error.abs().sum(), out.score_mass.sum()]
+    parts.append(none + (batch.input_ids.shape[1] if len(batch.score_rows) else 0))  # an empty one is a stand-in
     drawn = isinstance(out, SampledTractLoss)
     parts += [out.entries.sum(), out.added_variance * len(out.nll)] if drawn else [none, none]
     return torch.stack([p.double() for p in (*parts, none)])

@@ -3,9 +3,11 @@
 The plan of a step is a pure function of (lengths, seed, step, world): every rank computes the plan of all ranks, so the
 global token and sequence counts are known without communication, and resuming is arithmetic. A batch is counted in
 sequences (the unit of the paper's batch size); its sequences are packed, without padding, into micro-batches of at most
-``max_tokens`` tokens.
+``max_tokens`` tokens. With shared prompts (``groups`` given) sequences that have the same prompt stay together and the
+prompt is there once a micro-batch (``data/tree.py``).
 
-Shapes: T tokens of a micro-batch, S its sequences (documents), N its rows (positions whose next token is trained on).
+Shapes: T tokens of a micro-batch, S its sequences, A its segments (runs of tokens that attend together; without shared
+prompts the sequences), K their keys, N its rows (positions whose next token is trained on).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tract_fast.data.prompt import Encoded
+from tract_fast.data.tree import Layout, lay_out
 from tract_fast.errors import UserError
 
 IGNORE = -100
@@ -41,12 +44,13 @@ class Batch:
     """One packed micro-batch. Query and key lengths are separate because shared prompts make them differ."""
 
     input_ids: Tensor  # (1, T) int64
-    position_ids: Tensor  # (1, T) int64, from 0 in every document
-    cu_seq_lens_q: Tensor  # (S + 1,) int32, cumulative query lengths
-    cu_seq_lens_k: Tensor  # (S + 1,) int32, cumulative key lengths
+    position_ids: Tensor  # (1, T) int64, from 0 in every sequence
+    cu_seq_lens_q: Tensor  # (A + 1,) int32, cumulative query lengths
+    cu_seq_lens_k: Tensor  # (A + 1,) int32, cumulative key lengths
     max_length_q: int
     max_length_k: int
-    rows: Tensor  # (N,) int64, index into T
+    key_index: Tensor | None  # (K,) int64, index into T of each segment's keys in turn; None: its own tokens
+    rows: Tensor  # (N,) int64, index into T; the end of a shared prompt is there once per rationale
     labels: Tensor  # (N,) int64, -100 = no CE
     row_weights: Tensor  # (N,) float32
     score_rows: Tensor  # (S,) int64, index into N
@@ -71,10 +75,30 @@ def total_steps(n: int, *, batch: int, epochs: int, max_steps: int | None) -> in
     return epochs * steps_per_epoch(n, batch) if max_steps is None else max_steps
 
 
-def step_indices(n: int, *, batch: int, seed: int, step: int, shuffle: bool) -> np.ndarray:
-    """Indices of the sequences of optimizer step ``step`` (0-based, counted over all epochs), int64."""
+def prompt_groups(examples: Sequence[Encoded]) -> np.ndarray:
+    """(n,) int64: which examples have the same prompt, by token ids; groups are numbered by first appearance."""
+    numbers: dict[bytes, int] = {}
+    prompts = (np.asarray(e.ids[: e.prompt_len], dtype=np.int32).tobytes() for e in examples)
+    return np.array([numbers.setdefault(p, len(numbers)) for p in prompts], dtype=np.int64)
+
+
+def step_indices(
+    n: int, *, batch: int, seed: int, step: int, shuffle: bool, groups: np.ndarray | None = None
+) -> np.ndarray:
+    """Indices of the sequences of optimizer step ``step`` (0-based, counted over all epochs), int64.
+
+    With ``groups`` (n,) it is the groups that are shuffled, and the members inside each: siblings come one after
+    another, and only where a batch ends between them do they part.
+    """
     epoch, position = divmod(step, steps_per_epoch(n, batch))
-    order = np.random.default_rng([seed, epoch]).permutation(n) if shuffle else np.arange(n)
+    random = np.random.default_rng([seed, epoch])
+    if not shuffle:
+        order = np.arange(n)
+    elif groups is None:
+        order = random.permutation(n)
+    else:
+        turn = random.permutation(groups.max() + 1).argsort()  # of each group
+        order = np.lexsort((random.random(n), turn[groups]))
     return order[position * batch : (position + 1) * batch]
 
 
@@ -87,28 +111,76 @@ def check_fits(lengths: Sequence[int], max_tokens: int) -> None:
         )
 
 
-def pack(lengths: Sequence[int], *, max_tokens: int, world: int) -> list[list[list[int]]]:
+def pack(
+    lengths: Sequence[int],
+    *,
+    max_tokens: int,
+    world: int,
+    prompt_lens: Sequence[int] | None = None,
+    groups: Sequence[int] | None = None,
+) -> list[list[list[int]]]:
     """Micro-batches of all ranks: ``result[rank][micro]`` lists positions in ``lengths``.
 
     Sequences go, longest first, to the emptiest micro-batch that has room (ties: the lowest number), with as few
     micro-batches as hold them all and a multiple of ``world``, so that every rank makes the same number of calls.
     Micro-batches are dealt to ranks in turn; with fewer sequences than ranks some are empty.
+
+    Those of one of the ``groups`` have a prompt (of ``prompt_lens``) in common and go together, at the price of one
+    prompt. A group of more than ``max_tokens`` is split, and every group is where that lets the ranks end earlier.
     Raises UserError when a sequence is longer than ``max_tokens``.
     """
     check_fits(lengths, max_tokens)
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    per_rank = max(1, math.ceil(sum(lengths) / max_tokens / world))
+    if groups is None:
+        return _fill([(length, [i]) for i, length in enumerate(lengths)], max_tokens, world)[0]
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(int(group), []).append(i)
+    most = max(map(len, members.values()), default=1)
+    packed = (
+        _fill(_units(list(members.values()), lengths, prompt_lens, max_tokens, parts), max_tokens, world)
+        for parts in range(1, min(world, most) + 1)
+    )
+    return min(packed, key=lambda found: found[1])[0]
+
+
+def _units(
+    groups: list[list[int]], lengths: Sequence[int], prompt_lens: Sequence[int], max_tokens: int, parts: int
+) -> list[tuple[int, list[int]]]:
+    """(tokens, members) of what is not taken apart: each group in ``parts`` parts, or more where they are too long."""
+    units: list[tuple[int, list[int]]] = []
+    for group in groups:
+        prompt = prompt_lens[group[0]]
+        for part in np.array_split(group, min(parts, len(group))):
+            tokens, members = prompt, []
+            for i in part.tolist():
+                own = lengths[i] - prompt
+                if members and tokens + own > max_tokens:
+                    units.append((tokens, members))
+                    tokens, members = prompt, []
+                tokens, members = tokens + own, [*members, i]
+            units.append((tokens, members))
+    return units
+
+
+def _fill(units: list[tuple[int, list[int]]], max_tokens: int, world: int) -> tuple[list[list[list[int]]], int]:
+    """Micro-batches of all ranks as ``pack`` describes, and the tokens of their longest, summed over the calls."""
+    largest_first = sorted(range(len(units)), key=lambda u: (-units[u][0], u))
+    per_rank = max(1, math.ceil(sum(tokens for tokens, _ in units) / max_tokens / world))
     while True:
         bins: list[list[int]] = [[] for _ in range(per_rank * world)]
+        loads = [0] * len(bins)
         emptiest_first = [(0, number) for number in range(len(bins))]  # a heap of (tokens, number)
-        for i in longest_first:
+        for u in largest_first:
             used, number = emptiest_first[0]
-            if used + lengths[i] > max_tokens:
+            tokens, members = units[u]
+            if used + tokens > max_tokens:
                 break
-            bins[number].append(i)
-            heapq.heapreplace(emptiest_first, (used + lengths[i], number))
+            bins[number] += members
+            loads[number] = used + tokens
+            heapq.heapreplace(emptiest_first, (used + tokens, number))
         else:
-            return [[sorted(b) for b in bins[rank::world]] for rank in range(world)]
+            ranks = [[sorted(b) for b in bins[rank::world]] for rank in range(world)]
+            return ranks, sum(max(loads[i : i + world]) for i in range(0, len(loads), world))
         per_rank += 1
 
 
@@ -131,26 +203,70 @@ def ce_tokens(example: Encoded, score_ce: bool) -> int:
 
 
 def plan_step(
-    examples: Sequence[Encoded], *, batch: int, max_tokens: int, seed: int, step: int, shuffle: bool, world: int
+    examples: Sequence[Encoded],
+    *,
+    batch: int,
+    max_tokens: int,
+    seed: int,
+    step: int,
+    shuffle: bool,
+    world: int,
+    groups: np.ndarray | None = None,
 ) -> tuple[list[Encoded], list[list[list[int]]]]:
-    """The sequences of one optimizer step and, per rank, its micro-batches as indices into them (see ``pack``)."""
-    chosen = [examples[i] for i in step_indices(len(examples), batch=batch, seed=seed, step=step, shuffle=shuffle)]
-    return chosen, pack([len(e.ids) for e in chosen], max_tokens=max_tokens, world=world)
+    """The sequences of one optimizer step and, per rank, its micro-batches as indices into them (see ``pack``).
+
+    ``groups``: of all examples, where prompts are shared (``prompt_groups``).
+    """
+    order = {"batch": batch, "seed": seed, "step": step, "shuffle": shuffle}
+    indices = step_indices(len(examples), **order, groups=groups)
+    chosen = [examples[i] for i in indices]
+    return chosen, pack_examples(chosen, max_tokens, world, None if groups is None else groups[indices])
 
 
-def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool) -> Batch:
-    """Pack ``examples`` into one Batch and give each row its weight.
+def pack_examples(
+    examples: Sequence[Encoded], max_tokens: int, world: int, groups: np.ndarray | None
+) -> list[list[list[int]]]:
+    """``pack`` of encoded examples."""
+    prompt_lens = [e.prompt_len for e in examples]
+    lengths = [len(e.ids) for e in examples]
+    return pack(lengths, max_tokens=max_tokens, world=world, prompt_lens=prompt_lens, groups=groups)
+
+
+def layout_of(examples: Sequence[Encoded], *, share: bool) -> Layout:
+    """How the examples of a micro-batch are laid out."""
+    return lay_out([np.asarray(e.ids) for e in examples], [e.prompt_len for e in examples] if share else None)
+
+
+def attention_fields(sequences: Sequence[np.ndarray], layout: Layout) -> dict[str, Tensor | int | None]:
+    """What the backbone needs of a micro-batch, by the names of ``Batch``."""
+    cat = lambda parts: torch.from_numpy(np.concatenate(parts).astype(np.int64))  # noqa: E731
+    cumulative = lambda lengths: torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)  # noqa: E731
+    queries = [end - start for _, start, end in layout.segments]
+    keys = [end for _, _, end in layout.segments]
+    return {
+        "input_ids": cat([sequences[i][start:end] for i, start, end in layout.segments])[None],
+        "position_ids": cat([np.arange(start, end) for _, start, end in layout.segments])[None],
+        "cu_seq_lens_q": cumulative(queries),
+        "cu_seq_lens_k": cumulative(keys),
+        "max_length_q": max(queries),
+        "max_length_k": max(keys),
+        "key_index": cat(layout.keys()) if layout.shares else None,
+    }
+
+
+def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool, share: bool = False) -> Batch:
+    """Pack ``examples`` into one Batch and give each row its weight. ``share``: what they share is there once.
 
     With no examples the batch is one token that nothing is trained on, so that a rank without work still takes part in
     every collective call.
     """
-    ids, positions, rows, labels, row_weights, score_rows = [], [], [], [], [], []
-    start = n_rows = 0
-    for e in examples:
-        length, n_target = len(e.ids), len(e.ids) - e.prompt_len
-        ids.append(np.asarray(e.ids, dtype=np.int64))
-        positions.append(np.arange(length))
-        rows.append(start + np.arange(e.prompt_len - 1, length - 1))
+    ids = [np.asarray(e.ids) for e in examples]
+    layout = lay_out(ids, [e.prompt_len for e in examples] if share else None)
+    rows, labels, row_weights, score_rows = [], [], [], []
+    n_rows = 0
+    for e, places in zip(examples, layout.places, strict=True):
+        n_target = len(e.ids) - e.prompt_len
+        rows.append(places[e.prompt_len - 1 : -1])
         target = np.array(e.ids[e.prompt_len :], dtype=np.int64)
         if not score_ce:
             target[-2] = IGNORE
@@ -161,24 +277,18 @@ def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool) ->
             each = norm.ce_weight * e.weight / norm.weighted_tokens
         row_weights.append(np.full(n_target, each, dtype=np.float32))
         score_rows.append(n_rows + n_target - 2)  # the row that predicts the score token, the last but one
-        start, n_rows = start + length, n_rows + n_target
-    if not examples:
-        ids, positions = [np.zeros(1, dtype=np.int64)], [np.zeros(1, dtype=np.int64)]
-    lengths = [len(x) for x in ids]
-    cu = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        n_rows += n_target
     cat = lambda parts, dtype: torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]).astype(dtype))  # noqa: E731
-    share = norm.regression_weight / norm.weighted_sequences if examples else 0.0
+    weight = norm.regression_weight / norm.weighted_sequences if examples else 0.0
+    if not examples:
+        ids = [np.zeros(1, dtype=np.int64)]
+        layout = lay_out(ids, None)
     return Batch(
-        input_ids=cat(ids, np.int64)[None],
-        position_ids=cat(positions, np.int64)[None],
-        cu_seq_lens_q=cu,
-        cu_seq_lens_k=cu,
-        max_length_q=max(lengths),
-        max_length_k=max(lengths),
+        **attention_fields(ids, layout),
         rows=cat(rows, np.int64),
         labels=cat(labels, np.int64),
         row_weights=cat(row_weights, np.float32),
         score_rows=torch.tensor(score_rows, dtype=torch.int64),
         score_targets=torch.tensor([e.score for e in examples], dtype=torch.float32),
-        score_weights=torch.tensor([share * e.weight for e in examples], dtype=torch.float32),
+        score_weights=torch.tensor([weight * e.weight for e in examples], dtype=torch.float32),
     )
