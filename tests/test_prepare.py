@@ -118,7 +118,7 @@ def test_prompts_of_the_feedback_collection_are_known(tmp_path, monkeypatch):
 @pytest.mark.parametrize("share", ["auto", "off"])
 def test_plan_counts_what_training_does(tmp_path, share):
     write_data(tmp_path / "data.jsonl", siblings=3)
-    recipe = tiny_recipe(tmp_path, train__max_tokens=200, data__share_prompts=share)
+    recipe = tiny_recipe(tmp_path, train__max_tokens=120, data__share_prompts=share)
     data, _ = prepared(recipe)
     groups, _ = choose_sharing(recipe, data.config, DOCUMENTS, data.train, world=1)
     assert (groups is not None) is (share == "auto")
@@ -128,7 +128,7 @@ def test_plan_counts_what_training_does(tmp_path, share):
     steps = [line for line in lines if "eval" not in line]
     assert step.steps == len(steps)
     assert step.tokens_per_step == pytest.approx(sum(line["tokens"] for line in steps) / len(steps))
-    assert step.max_tokens <= 200 and step.micro_batches > 1
+    assert step.max_tokens <= 120 and step.micro_batches > 1
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -30,15 +30,23 @@ def add_rows(grad: Tensor, index: Tensor, count: int) -> Tensor:
     """(T, ...) in ``grad``'s dtype, T = ``count``: at t the sum of ``grad`` (K, ...) where ``index`` (K,) is t."""
     precise = torch.promote_types(grad.dtype, torch.float32)
     out = grad.new_zeros((count, *grad.shape[1:]), dtype=precise)
-    if grad.device.type == "cpu":  # runs of consecutive rows at a time: an index of segments has few
-        where = index.numpy()
-        cuts = [0, *(np.flatnonzero(np.diff(where) != 1) + 1).tolist(), len(where)] if len(where) else []
-        for a, b in itertools.pairwise(cuts):
-            start = int(where[a])
-            out[start : start + b - a] += grad[a:b]
-    else:
-        out.index_put_((index,), grad.to(precise), accumulate=True)  # sorts the index on CUDA: no order left open
-    return out.to(grad.dtype)
+    add = add_sorted if grad.device.type == "cuda" else add_runs
+    return add(out, index, grad).to(grad.dtype)
+
+
+def add_runs(out: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """``out`` with ``grad`` added, in place, a run of consecutive rows at a time: an index of segments has few."""
+    where = index.cpu().numpy()
+    cuts = [0, *(np.flatnonzero(np.diff(where) != 1) + 1).tolist(), len(where)] if len(where) else []
+    for a, b in itertools.pairwise(cuts):
+        start = int(where[a])
+        out[start : start + b - a] += grad[a:b]
+    return out
+
+
+def add_sorted(out: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+    """The same on CUDA, where accumulating ``index_put_`` sorts the index: no order is left open, and no host waits."""
+    return out.index_put_((index,), grad.to(out.dtype), accumulate=True)
 
 
 @add_rows.register_fake

@@ -1,0 +1,262 @@
+"""Shared prompts compute the gradient of unshared ones, whatever is shared, and nothing leaks between siblings."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from tests.test_attention import plain_varlen
+from tests.tiny_models import tiny_lm
+from tests.tiny_runs import tiny_recipe, write_data
+from tract_fast import attention, train
+from tract_fast.attention import DOCUMENTS, VARLEN, check_alignment
+from tract_fast.data.batch import collate, normalizer, pack_examples, prompt_groups
+from tract_fast.data.prompt import Encoded
+from tract_fast.data.scores import ScoreScale
+from tract_fast.data.tree import lay_out
+from tract_fast.errors import UserError
+from tract_fast.head import TractHead
+from tract_fast.model import TractModel, bare_batch, hidden_states, self_check
+from tract_fast.prepare import prepare
+from tract_fast.sharing import choose_sharing, count, obstacle
+
+CPU = torch.device("cpu")
+VOCABULARY = 64
+FAMILIES = ["llama", "qwen3", "mistral", "gemma3"]
+GROUPS = st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(3, 9), min_size=1, max_size=5)), max_size=4)
+
+
+def tract_model(family):
+    attention.register()
+    lm = tiny_lm(family, vocabulary=VOCABULARY)
+    lm.set_attn_implementation(DOCUMENTS)
+    scale = ScoreScale(labels=tuple("123"), values=(1, 2, 3), token_ids=(5, 6, 7), prefix_ids=(1,), eos_id=0)
+    lm.set_output_embeddings(TractHead(lm.get_output_embeddings(), scale, implementation="reference"))
+    return TractModel(lm)
+
+
+def in_float64(model):
+    """``model`` with norms that compute in float64; transformers' own go through float32."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(parent, name, norm)
+    return model.double()
+
+
+def judgements(groups, seed):
+    """Examples of few different tokens: prompts, and rationales of one prompt, often begin alike."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for prompt_len, lengths in groups:
+        prompt = rng.integers(8, 10, prompt_len)
+        for n in lengths:
+            ids = np.concatenate([prompt, rng.integers(8, 11, n - 2), [rng.integers(5, 8), 0]])
+            score, weight = float(rng.uniform(1, 3)), float(rng.uniform(0.5, 2))
+            found.append(Encoded(ids, prompt_len, 0, score, weight, f"e{len(found)}", "q"))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def gradients(model, examples, micro_batches, share, reduction="token"):
+    """(loss, gradient of every parameter) of the step that ``micro_batches`` make up."""
+    norm = normalizer(examples, ce_weight=0.9, regression_weight=0.7, score_ce=True, ce_reduction=reduction)
+    model.zero_grad()
+    loss = 0.0
+    for chosen in micro_batches:
+        out = model(collate([examples[i] for i in chosen], norm, score_ce=True, share=share))
+        out.loss.backward()
+        loss += out.loss.item()
+    return loss, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(found, expected, tolerance):
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    whole = torch.stack([g.norm() for g in expected[1].values()]).norm()
+    for name, want in expected[1].items():
+        # a parameter whose gradient cancels to nearly nothing is held against the rounding of the others
+        error = (found[1][name] - want).norm() / max(want.norm(), 1e-3 * whole)
+        assert error < tolerance, (name, error)
+
+
+@settings(max_examples=25)
+@given(
+    groups=GROUPS.filter(bool),
+    room=st.integers(0, 80),
+    seed=st.integers(0, 99),
+    reduction=st.sampled_from(["token", "sequence"]),
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_is_that_of_unshared_prompts(family, groups, room, seed, reduction):
+    """Against every example in a micro-batch of its own; windows of 5 are shorter than most prompts."""
+    model, examples = tract_model(family), judgements(groups, seed)
+    alone = gradients(model, examples, [[i] for i in range(len(examples))], False, reduction)
+    packed = pack_examples(examples, max(len(e.ids) for e in examples) + room, 1, prompt_groups(examples))[0]
+    assert_same(gradients(model, examples, packed, True, reduction), alone, 1e-5)
+
+
+@settings(max_examples=10)
+@given(groups=GROUPS.filter(bool), seed=st.integers(0, 99))
+@pytest.mark.parametrize("name", [DOCUMENTS, VARLEN])
+def test_gradient_in_float64(name, groups, seed):
+    """Also through the one variable-length call that CUDA makes, with a stand-in for its kernel."""
+    examples = judgements(groups, seed)
+    model = in_float64(tract_model("mistral"))
+    alone = gradients(model, examples, [[i] for i in range(len(examples))], False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_varlen", plain_varlen(True))
+        model.lm.set_attn_implementation(name)
+        shared = gradients(model, examples, [list(range(len(examples)))], True)
+    assert_same(shared, alone, 1e-12)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+def test_siblings_do_not_see_each_other(family):
+    """Changing one rationale leaves prompt and sibling bit for bit as they were; changing the prompt does not."""
+    model = tract_model(family)
+    prompt, first, second = (torch.randint(8, 60, (n,)) for n in (20, 9, 12))
+    first[0], second[0] = 10, 20
+
+    def hidden(*documents):
+        documents = list(documents)
+        layout = lay_out([d.numpy() for d in documents], [len(prompt)] * len(documents))
+        assert len(layout.segments) == 3
+        return hidden_states(model.backbone, bare_batch(documents, layout)).split([20, 9, 12])
+
+    before = hidden(torch.cat([prompt, first]), torch.cat([prompt, second]))
+    after = hidden(torch.cat([prompt, (first + 1) % 60]), torch.cat([prompt, second]))
+    assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
+    assert not torch.allclose(before[1], after[1])
+    prompt = torch.cat([prompt[:-1], (prompt[-1:] + 1) % 60])
+    moved = hidden(torch.cat([prompt, first]), torch.cat([prompt, second]))
+    assert not torch.allclose(before[1], moved[1]) and not torch.allclose(before[2], moved[2])
+
+
+def test_start_checks_find_another_alignment(monkeypatch):
+    """A kernel that aligns queries to the start of their keys is found, in output and where only its gradient is."""
+    right, _ = plain_varlen(True)()
+    monkeypatch.setattr(attention, "_varlen", lambda: (right, True))
+    assert "aligns queries to the end" in check_alignment(VARLEN, CPU, torch.float32)
+
+    def from_the_start(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+        heads = [torch.arange(a, a + n) for a, n in zip(cu_k[:-1].tolist(), cu_q.diff().tolist(), strict=True)]
+        index = torch.cat(heads)  # causal from the first key on: later keys are never seen
+        return right(q, k[index], v[index], cu_q, cu_q, max_q, max_q, **options)
+
+    def wrong_gradient(q, k, v, *lengths, **options):
+        return right(q, k * 1.1 - (k * 0.1).detach(), v, *lengths, **options)
+
+    for odd in (from_the_start, wrong_gradient):
+        monkeypatch.setattr(attention, "_varlen", lambda odd=odd: (odd, True))
+        with pytest.raises(UserError, match=r"data.share_prompts = auto: attention tract_varlen on cpu computes"):
+            check_alignment(VARLEN, CPU, torch.float32)
+    monkeypatch.setattr(attention, "_varlen", lambda: (from_the_start, True))
+    attention.register()
+    with pytest.raises(UserError, match=r"the prompt of two shared.*write data.share_prompts: off"):
+        self_check(tiny_lm("llama"), torch.float32, VARLEN, None, 1.0, share=True)
+
+
+def siblings(tmp_path, **settings):
+    """A recipe over data with three rationales per prompt."""
+    if not (tmp_path / "data.jsonl").exists():
+        write_data(tmp_path / "data.jsonl", siblings=3)
+    return tiny_recipe(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"data__share_prompts": "off"}, "data.share_prompts"),
+        ({"lora__rank": 4, "lora__dropout": 0.1}, "lora.dropout = 0.1"),
+    ],
+)
+def test_what_turns_sharing_off(tmp_path, change, what):
+    recipe = siblings(tmp_path, **change)
+    data = prepare(recipe, lambda text: None)
+    groups, line = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
+    assert groups is None and line.startswith(f"shared prompts: off ({what}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE is longrope"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "RoPE is dynamic"),
+        ({"resid_pdrop": 0.1}, "resid_pdrop = 0.1"),
+        ({"output_router_logits": True}, "auxiliary loss"),
+        ({"mamba_d_state": 16}, "keep a state"),
+        ({"classifier_dropout": 0.1}, None),
+        ({"rope_parameters": {"rope_type": "llama3"}}, None),
+    ],
+)
+def test_models_that_do_not_share(tmp_path, fields, what):
+    config = tiny_lm("llama").config
+    for name, value in fields.items():
+        setattr(config, name, value)
+    found = obstacle(siblings(tmp_path), config, DOCUMENTS)
+    assert found is None if what is None else what in found
+    assert "takes no keys but" in obstacle(siblings(tmp_path), config, "flash_attention_2")
+
+
+def test_nothing_to_share_is_said(tmp_path):
+    """One sequence a micro-batch: whatever the data have in common, it never meets."""
+    recipe = siblings(tmp_path, train__batch=1)
+    data = prepare(recipe, lambda text: None)
+    groups, line = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
+    assert groups is None and "no two sequences of a micro-batch begin alike" in line
+
+
+def test_the_saving_that_is_told_is_that_of_the_run(tmp_path, capsys):
+    recipe = siblings(tmp_path, train__max_steps=5, data__holdout=0.0, train__max_tokens=150)
+    assert train.run(recipe) == 0
+    printed = capsys.readouterr().out
+    lines = [line for line in train.log.read_metrics(tmp_path / "run" / "metrics.jsonl") if "eval" not in line]
+    lines = lines[:6]
+    data = prepare(recipe, lambda text: None)
+    assert len(data.train) == 24 and len(lines) == 5
+    _, line = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
+    assert line in printed and "the prompt of two shared, = each alone" in printed
+    assert "8 prompts of 24 examples; shuffled by prompt" in line
+    assert all(0 < step["tokens"] < step["logical_tokens"] for step in lines)
+    assert " logical)" in printed
+
+
+def test_counts_are_short():
+    assert [count(n) for n in (9999, 412345, 4123456, 41234567)] == ["9999", "412k", "4123k", "41M"]
+
+
+def whole_step(recipe):
+    """Loss and gradients of a step over all the data, and the tokens it computed."""
+    from tests.test_train import gradients as of_a_step
+
+    loss, found, *_ = of_a_step(recipe)
+    return loss, found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"lora__rank": 4},
+        {"lora__rank": 4, "train__activation_checkpointing": "full"},
+        {"train__activation_checkpointing": "selective", "family": "mistral"},
+        {"train__compile": True},
+    ],
+    ids=["full", "lora", "recompute", "selective", "compiled"],
+)
+def test_trained_as_unshared(tmp_path, change):
+    """Through FSDP2 on a mesh of one, with what trains beside it: the step of all the data, shared and not."""
+    whole = {"train__batch": 100, "data__holdout": 0.0, "train__max_tokens": 400, **change}
+    unshared = whole_step(siblings(tmp_path, data__share_prompts="off", **whole))
+    assert_same(whole_step(siblings(tmp_path, **whole)), unshared, 1e-5)
+
+
+def test_held_out_metrics_are_the_same(tmp_path):
+    on, off = (siblings(tmp_path, run=name, data__share_prompts=name) for name in ("auto", "off"))
+    for recipe in (on, off):
+        assert train.run(replace(recipe, train=replace(recipe.train, max_steps=1))) == 0
+    first = [train.log.read_metrics(tmp_path / name / "metrics.jsonl")[0]["eval"] for name in ("auto", "off")]
+    assert first[0] == pytest.approx(first[1], rel=1e-5)
