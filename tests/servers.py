@@ -75,7 +75,7 @@ class Stand(ThreadingHTTPServer):
         ids, judge = body["prompt"], self.judge
         assert len(ids) + body["max_tokens"] <= LONGEST
         if body.get("logprob_token_ids"):
-            values = judge.log_probs_after([ids])[0].tolist()
+            values = judge.log_probs_after([ids], [len(ids) - 1])[0].tolist()
             assert body["logprob_token_ids"] == list(judge.scale.token_ids)
             assert (body["max_tokens"], body["temperature"], body["repetition_penalty"]) == (1, 1.0, 1.0)
             named = {f"token_id:{t}": v for t, v in zip(judge.scale.token_ids, values, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -250,6 +251,46 @@ def test_given_rationales_score_as_in_training(trained):
     assert np.mean([j.score_mass for j in found]) == pytest.approx(in_training["score_mass"], rel=1e-4)
     best = [max(range(5), key=j.distribution.__getitem__) + 1.0 for j in found]
     assert [j.decoded_score for j in found] == best
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3"])
+def test_a_prompt_with_several_given_rationales_is_computed_once(family, attention, monkeypatch):
+    """The scores are those of one prompt at a time, whatever the lengths; the tokens computed are fewer."""
+    judge = random_judge(family, attention)
+    texts = [TEXTS[1], TEXTS[2], TEXTS[1], TEXTS[1], TEXTS[0], TEXTS[0]]
+    rationales = ["kind", "the reply is kind, it answers the question" * 2, "", "it is curt", "no thanks", "it is kind"]
+    ids = judge.render(texts)
+    alone = [judge.given([i], [r])[0] for i, r in zip(ids, rationales, strict=True)]
+    computed = []
+    monkeypatch.setattr(
+        type(judge.lm), "forward", counting(type(judge.lm).forward, lambda tokens: computed.append(tokens.numel()))
+    )
+    together = judge.given(ids, rationales)
+    for one, other in zip(together, alone, strict=True):
+        np.testing.assert_allclose(one.distribution, other.distribution, rtol=2e-3)
+        assert one.score_mass == pytest.approx(other.score_mass, rel=2e-3)
+        assert one.rationale == other.rationale
+    assert len(computed) == 2 and computed[0] == 3 * max(map(len, ids)), "three prompts, then what follows them"
+
+
+def counting(forward, note):
+    @functools.wraps(forward)
+    def noted(self, *args, **kwargs):
+        note(kwargs["input_ids"])
+        return forward(self, *args, **kwargs)
+
+    return noted
+
+
+def test_one_prompt_in_a_batch_twice_is_sampled_as_apart():
+    """Two items with one prompt, numbered apart, write what two draws of it are; the prompt is computed once."""
+    judge = random_judge()
+    texts = [TEXTS[0], TEXTS[1], TEXTS[0]]
+    ids = judge.render(texts)
+    both = judge.judge(texts, ids, SHORT, [0, 0, 1])
+    (draws,) = judge.judge(texts[:1], ids[:1], replace(SHORT, n=2))[0:1]
+    assert [both[0].rationale, both[2].rationale] == [d.rationale for d in draws.draws]
 
 
 def test_vocabulary_probabilities_are_not_normalised():

@@ -25,7 +25,17 @@ from tract_fast.description import Description
 from tract_fast.errors import UserError
 from tract_fast.loading import Say, load_weights, open_judge
 from tract_fast.recipe import Sampling
-from tract_fast.sample import Sampled, cache_name, left_padded, positions, sample, take_end_tokens
+from tract_fast.sample import (
+    Sampled,
+    cache_name,
+    different,
+    keep_slots,
+    left_padded,
+    positions,
+    prefill,
+    sample,
+    take_end_tokens,
+)
 from tract_fast.shard import local_device
 
 FINGERPRINT_ENTRIES = 64  # of each weight
@@ -273,10 +283,11 @@ class Judge:
         return [Judgement.of(draws[i : i + n]) for i in range(0, len(draws), n)]
 
     def given(self, ids: Sequence[Sequence[int]], rationales: Sequence[str]) -> list[Judgement]:
-        """One batch, teacher-forced: the score after a given rationale each; decoded is the likeliest label."""
+        """One batch, teacher-forced: the score after a given rationale each; decoded is the likeliest label. A prompt
+        that comes several times is computed once."""
         tails = prompts.tokenize(self.tokenizer, list(rationales))
         whole = [[*head, *tail, *self.scale.prefix_ids] for head, tail in zip(ids, tails, strict=True)]
-        probs, mass, expected = self._scores(self.log_probs_after(whole))
+        probs, mass, expected = self._scores(self.log_probs_after(whole, [len(head) for head in ids]))
         return [
             Judgement.of(
                 [
@@ -294,10 +305,28 @@ class Judge:
             for s, rationale in enumerate(rationales)
         ]
 
-    def log_probs_after(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """(S, K) float64: of the score tokens in the vocabulary, as the next token of each of the ``rows``."""
-        input_ids, mask = left_padded(rows, self.device)
-        return self._log_probs({"input_ids": input_ids, "attention_mask": mask, "position_ids": positions(mask)}, None)
+    def log_probs_after(self, rows: Sequence[Sequence[int]], prompt_lens: Sequence[int]) -> Tensor:
+        """(S, K) float64: of the score tokens in the vocabulary, as the next token of each of the ``rows``, which start
+        with prompts of so many tokens. Prompts that several have are computed once."""
+        heads, which = different([row[:length] for row, length in zip(rows, prompt_lens, strict=True)])
+        width = max(1, *(len(row) - length for row, length in zip(rows, prompt_lens, strict=True)))
+        cached = [max(0, len(row) - width) for row in rows]  # as many tokens remain of each, if it has as many
+        if len(heads) == len(rows) or not any(cached):
+            input_ids, mask = left_padded(rows, self.device)
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": positions(mask)}
+            return self._log_probs(inputs, None)
+        padded, mask = left_padded(heads, self.device)
+        cache = prefill(self.lm, padded, mask)
+        which, real = (torch.tensor(x, device=self.device) for x in (which, cached))
+        cache.batch_select_indices(which)
+        held = keep_slots(cache, (mask.shape[1] - mask.sum(-1))[which] + real, real)
+        input_ids, mask = left_padded([row[start:] for row, start in zip(rows, cached, strict=True)], self.device)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": torch.cat([held, mask], dim=1),
+            "position_ids": real[:, None] + positions(mask),
+        }
+        return self._log_probs(inputs, cache)
 
     @torch.no_grad()
     def _log_probs(self, inputs: dict[str, Tensor], cache: Cache | None) -> Tensor:
@@ -355,23 +384,16 @@ def after(
     """Inputs that go on from ``out.cache``, which is cut to ``kept[s]`` tokens after each prompt, with ``forced``.
 
     The last token that is kept is computed again, before the forced ones: generation leaves the last one out of the
-    cache. Every sequence's entries are moved to the end of the cache, so that positions and slots differ by a constant,
-    as layers with a window need it.
+    cache.
     """
     device = out.padding.device
     length = out.width + torch.tensor(kept, device=device) - 1  # slots to keep, padding included
     real = length - out.padding
-    most = int(real.max())
-    slots = (length[:, None] - most + torch.arange(most, device=device)).clamp_(min=0)  # (S, most)
-    for layer in out.cache.layers:
-        for name in ("keys", "values"):
-            x = getattr(layer, name)  # (S, heads, slots, width)
-            setattr(layer, name, x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])))
+    cached = keep_slots(out.cache, length, real)
     last = [t[k - 1] if k else ids[s // n][-1] for s, (t, k) in enumerate(zip(out.tokens, kept, strict=True))]
     tail = torch.tensor([[token, *forced] for token in last], device=device)
-    cached = torch.arange(most, device=device) >= (most - real)[:, None]
     return {
         "input_ids": tail,
-        "attention_mask": torch.cat([cached.long(), torch.ones_like(tail)], dim=1),
+        "attention_mask": torch.cat([cached, torch.ones_like(tail)], dim=1),
         "position_ids": real[:, None] + torch.arange(tail.shape[1], device=device),
     }

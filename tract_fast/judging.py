@@ -208,8 +208,13 @@ def _predict(
     """The prediction of every item by id. Those that ``path`` holds are taken; others are added to it, batchwise."""
     found = read_predictions(path)
     replace_file(path, "".join(map(line, found.values())))  # without a torn line
-    # prompts of about the same length together, the longest first: what does not fit into memory shows at once
-    order = sorted(range(len(items)), key=lambda i: (-items[i].length, i))
+    # prompts of about the same length together, the longest first: what does not fit into memory shows at once; items
+    # with one prompt one after another, so that it is computed once
+    longest: dict[tuple[int, ...], int] = {}
+    for item in items:
+        longest[tuple(item.ids)] = max(item.length, longest.get(tuple(item.ids), 0))
+    turn = {ids: (-length, number) for number, (ids, length) in enumerate(longest.items())}
+    order = sorted(range(len(items)), key=lambda i: (*turn[tuple(items[i].ids)], i))
     step, at_once = judge.calls(batch, settings.n)
     plan = [[items[i] for i in order[at : at + step]] for at in range(0, len(order), step)]
     todo = [chosen for chosen in plan if not all(item.id in found for item in chosen)]

@@ -1,6 +1,7 @@
 """Rationales: sampled in batches by transformers, each from its own seed, with the cache that the score is read from.
 
-The prompts of a batch are computed once, whatever the number of draws; generation goes on from that cache. A token is
+The different prompts of a batch are computed once, whatever the number of draws and however often one comes; generation
+goes on from that cache. A token is
 chosen by inverting the distribution's cumulative sum at a uniform number that depends on (seed, prompt, draw, position)
 alone, so a sample is the same wherever its prompt stands in the data. Arithmetic does depend, in the last bits, on what
 else is in the batch: the same batches give the same samples.
@@ -171,6 +172,40 @@ def cache_name(lm: nn.Module) -> str:
 
 
 @torch.no_grad()
+def prefill(lm: nn.Module, input_ids: Tensor, mask: Tensor) -> Cache:
+    """The cache of rows of tokens, (B, L) each, 0 in ``mask`` at padding on the left; L may be 0."""
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    if input_ids.shape[1]:
+        own = {"attention_mask": mask, "position_ids": positions(mask), cache_name(lm): cache}
+        lm(input_ids=input_ids, use_cache=True, logits_to_keep=1, **own)
+    return cache
+
+
+def different(rows: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """(the different ones of ``rows``, which of them each row is)."""
+    numbers: dict[tuple[int, ...], int] = {}
+    which = [numbers.setdefault(tuple(row), len(numbers)) for row in rows]
+    return list(numbers), which
+
+
+def keep_slots(cache: Cache, ends: Tensor, real: Tensor) -> Tensor:
+    """Cut ``cache``, in place, to the ``real[s]`` slots of each sequence before slot ``ends[s]``, (S,) int64 both;
+    returns the mask of what is left, (S, max(real)) int64.
+
+    They are moved to the end of the cache, so that positions and slots differ by a constant, as layers with a window
+    need it.
+    """
+    most = int(real.max())
+    back = torch.arange(most, device=ends.device)
+    slots = (ends[:, None] - most + back).clamp_(min=0)  # (S, most)
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            x = getattr(layer, name)  # (S, heads, slots, width)
+            setattr(layer, name, x.gather(2, slots[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])))
+    return (back >= (most - real)[:, None]).long()
+
+
+@torch.no_grad()
 def sample(
     lm: nn.Module,
     tokenizer,
@@ -187,22 +222,14 @@ def sample(
     """
     device = lm.get_input_embeddings().weight.device
     firsts = firsts or [0] * len(prompts)
-    input_ids, mask = left_padded(ids, device)
+    rows, which = different(ids)
+    input_ids, mask = left_padded(rows, device)
     width = input_ids.shape[1]
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
-    if width > 1:
-        before = slice(None, width - 1)
-        lm(
-            input_ids=input_ids[:, before],
-            attention_mask=mask[:, before],
-            position_ids=positions(mask)[:, before],
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_name(lm): cache},
-        )
-        if settings.n > 1:
-            cache.batch_repeat_interleave(settings.n)
-    input_ids, mask = (x.repeat_interleave(settings.n, dim=0) for x in (input_ids, mask))
+    cache = prefill(lm, input_ids[:, :-1], mask[:, :-1])
+    if len(rows) < len(ids) * settings.n:
+        which = torch.tensor(which, device=device).repeat_interleave(settings.n)
+        cache.batch_select_indices(which)
+        input_ids, mask = input_ids[which], mask[which]
     out = lm.generate(
         inputs=input_ids,
         attention_mask=mask,

@@ -124,7 +124,8 @@ class ServedJudge(Judge):
         tails = [self._tail(sample, reply) for sample, reply in zip(samples, replies, strict=True)]
         rows = [[*head, *tail, *self.scale.prefix_ids] for (head, _), tail in zip(jobs, tails, strict=True)]
         counts = [sample.count for sample in samples]
-        return self.judgements(replies, counts, self.log_probs_after(rows), settings.n)
+        log_probs = self.log_probs_after(rows, [len(head) for head, _ in jobs])
+        return self.judgements(replies, counts, log_probs, settings.n)
 
     def _sample(self, ids: Sequence[int], seed: int, settings: Sampling) -> Sample:
         prompt = list(ids) if self.server.takes_tokens else self._as_text(ids)
@@ -145,9 +146,9 @@ class ServedJudge(Judge):
             return prompts.tokenize(self.tokenizer, [cut_rationale(reply)])[0]
         return sample.tokens[: self.rationale_tokens(sample.tokens, reply)]
 
-    def log_probs_after(self, rows: Sequence[Sequence[int]]) -> Tensor:
+    def log_probs_after(self, rows: Sequence[Sequence[int]], prompt_lens: Sequence[int]) -> Tensor:
         if self.reader:
-            return self.reader.log_probs_after(rows)
+            return self.reader.log_probs_after(rows, prompt_lens)
         found = in_order(lambda row: self.server.log_probs(row, self.scale.token_ids), rows, len(rows))
         return torch.tensor(found, dtype=torch.float64)
 

@@ -1,0 +1,166 @@
+"""An optimizer step with shared prompts against one without: time and memory beside the tokens that are computed.
+
+    python -m benchmarks.shared_prompts RECIPE [--data.train FILE] [--k 1 2 3] [--prompts N] [--rounds N] [--out DIR]
+
+Some prompts of the data, each with its first k rationales, are one micro-batch: forward, backward, clipping and
+AdamW, through FSDP2 as in training. Shared and unshared take turns; times are medians over rounds, peak memory is what
+a step needs beyond what is resident before it. A share of 1 means that time falls as tokens do. Writes
+shared-prompts.json and shared-prompts.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tract_fast import doctor, recipe as recipes, shard, train
+from tract_fast.data import batch as batches
+from tract_fast.data.prompt import Encoded
+from tract_fast.prepare import prepare
+from tract_fast.shard import Ranks
+
+
+def families(examples: list[Encoded], most: int, prompts: int, seed: int) -> list[list[Encoded]]:
+    """The first ``most`` examples of each of some prompts that have as many, prompts drawn at random."""
+    members: dict[int, list[Encoded]] = {}
+    for example, group in zip(examples, batches.prompt_groups(examples).tolist(), strict=True):
+        members.setdefault(group, []).append(example)
+    large = [found[:most] for found in members.values() if len(found) >= most]
+    if len(large) < prompts:
+        raise SystemExit(f"--prompts {prompts} --k {most}: the data have {len(large)} prompts with so many rationales")
+    return random.Random(seed).sample(large, prompts)
+
+
+def step(job: train.Job, examples: list[Encoded], share: bool) -> tuple[float, float, int]:
+    """(seconds, loss, tokens computed) of one optimizer step on ``examples`` in one micro-batch."""
+    begin = time.perf_counter()
+    loss, device = job.recipe.loss, job.ranks.device
+    names = ("ce_weight", "regression_weight", "score_ce", "ce_reduction")
+    norm = batches.normalizer(examples, **{name: getattr(loss, name) for name in names})
+    batch = batches.collate(examples, norm, score_ce=loss.score_ce, share=share).to(device)
+    out = job.model(batch)
+    out.loss.backward()
+    trained = list(job.model.trainable().values())
+    shard.clip_gradients(trained, 1.0, shard.gradient_norm(trained))
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin, out.loss.item(), batch.input_ids.shape[1]
+
+
+class PeakMemory:
+    """``bytes``: the most memory inside the block beyond what was in use at its start (resident memory on a CPU)."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def __enter__(self) -> PeakMemory:
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+            self.before = _status("VmRSS")
+        return self
+
+    def __exit__(self, *exc) -> None:
+        cuda = self.device.type == "cuda"
+        self.bytes = (torch.cuda.max_memory_allocated(self.device) if cuda else _status("VmHWM")) - self.before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def measure(job: train.Job, groups: list[list[Encoded]], k: int, rounds: int) -> dict[str, Any]:
+    """One row of the table."""
+    examples = [e for group in groups for e in group[:k]]
+    times: dict[bool, list[float]] = {False: [], True: []}
+    losses, tokens, memory = {}, {}, {}
+    for number in range(rounds + 1):
+        for share in (False, True) if number % 2 else (True, False):
+            with PeakMemory(job.ranks.device) as peak:
+                seconds, loss, tokens[share] = step(job, examples, share)
+            times[share].append(seconds)
+            if number == 0:  # warm-up: the weights are the same but for a step
+                losses[share] = loss
+            memory[share] = max(memory.get(share, 0), peak.bytes)
+    seconds = {share: statistics.median(t[1:]) for share, t in times.items()}
+    row = {"k": k, "sequences": len(examples), "tokens_unshared": tokens[False], "tokens_shared": tokens[True]}
+    row |= {"seconds_unshared": seconds[False], "seconds_shared": seconds[True]}
+    row |= {"all_seconds": {"unshared": times[False][1:], "shared": times[True][1:]}}
+    row |= {"peak_bytes_unshared": memory[False], "peak_bytes_shared": memory[True]}
+    row |= {"loss_unshared": losses[False], "loss_shared": losses[True]}
+    row["token_ratio"] = tokens[False] / tokens[True]
+    row["time_ratio"] = seconds[False] / seconds[True]
+    row["memory_ratio"] = memory[False] / memory[True]
+    row["share"] = row["time_ratio"] / row["token_ratio"]
+    return row
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Ratios of tokens, time and memory by k."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, label in (("token_ratio", "tokens"), ("time_ratio", "time of a step"), ("memory_ratio", "peak memory")):
+        axes.plot([r["k"] for r in rows], [r[name] for r in rows], marker="o", label=label)
+    axes.set(xlabel="rationales per prompt", ylabel="unshared / shared", xticks=[r["k"] for r in rows])
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def run(recipe: recipes.Recipe, ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
+    data = prepare(recipe)
+    job = train.assemble(recipe, ranks, data, print)
+    if job.groups is None:
+        raise SystemExit("nothing to measure: this recipe does not share prompts")
+    groups = families(data.train, max(args.k), args.prompts, recipe.train.seed)
+    rows = []
+    for k in args.k:
+        rows.append(measure(job, groups, k, args.rounds))
+        r = rows[-1]
+        print(
+            f"k {k}: tokens {r['tokens_unshared']} -> {r['tokens_shared']} ({r['token_ratio']:.2f}x), "
+            f"step {r['seconds_unshared']:.2f} s -> {r['seconds_shared']:.2f} s ({r['time_ratio']:.2f}x, "
+            f"{r['share']:.0%} of the token ratio), peak {r['peak_bytes_unshared'] / 2**20:.0f} MiB -> "
+            f"{r['peak_bytes_shared'] / 2**20:.0f} MiB",
+            flush=True,
+        )
+    about = {"device": doctor.describe_device(ranks.device), **doctor.versions(()), "dtype": recipe.model.dtype}
+    about |= {"model": recipe.model.path, "lora_rank": recipe.lora.rank, "prompts": args.prompts, "rounds": args.rounds}
+    return {"versions": about, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path, help="a recipe; its settings can follow, such as --model.dtype bfloat16")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 3], help="rationales per prompt")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts of a step")
+    parser.add_argument("--rounds", type=int, default=3, help="measured steps of each kind, after one to warm up")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args, settings = parser.parse_known_args()
+    recipe = recipes.load(args.recipe, settings)
+    recipe = replace(recipe, data=replace(recipe.data, share_prompts="auto"))
+    with shard.start_ranks() as ranks:
+        found = run(recipe, ranks, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "shared-prompts.json").write_text(json.dumps(found, indent=1) + "\n")
+    plot(found["rows"], args.out / "shared-prompts.png")
+
+
+if __name__ == "__main__":
+    main()
