@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tiny_runs import metrics, tiny_recipe
+from tests.tiny_runs import metrics, tiny_recipe, write_data
 from tract_fast import checkpoint, model, recipe as recipes, shard, train
 from tract_fast.errors import RunStopped, UserError
 from tract_fast.model import bare_batch, hidden_states
@@ -85,11 +85,14 @@ def weights(run_dir, step):
         {},
         {"lora__rank": 4, "lora__dropout": 0.2, "model__dtype": "bfloat16"},
         {"train__activation_checkpointing": "full", "lora__rank": 4, "lora__dropout": 0.2},
+        {"lora__rank": 4, "model__dtype": "bfloat16", "train__max_tokens": 150, "siblings": 3},
     ],
-    ids=["full", "lora-dropout-bf16", "recompute-dropout"],
+    ids=["full", "lora-dropout-bf16", "recompute-dropout", "siblings"],
 )
 def test_resume_is_bitwise(tmp_path, settings):
     """6 steps = 3 + resume + 3 bit for bit, data order, dropout and optimizer included, over an epoch boundary."""
+    settings = dict(settings)
+    write_data(tmp_path / "data.jsonl", siblings=settings.pop("siblings", 1))
     assert train.run(tiny_recipe(tmp_path, "whole", **settings)) == 0
     half = tiny_recipe(tmp_path, "half", **settings)
     stop_after(half, 3)
@@ -241,7 +244,9 @@ def test_tensorboard(tmp_path):
 
 
 def test_two_ranks_train_as_one(tmp_path):
-    """The same run on two gloo processes: 6 steps, an uneven batch, a tied head, evaluations, a sharded checkpoint."""
+    """The same run on two gloo processes: 6 steps, an uneven batch, a tied head, evaluations, a sharded checkpoint, and
+    prompts with three rationales, of which each rank has some."""
+    write_data(tmp_path / "data.jsonl", siblings=3)
     train.run(tiny_recipe(tmp_path, "one", family="llama_tied", train__batch=5))
     (tmp_path / "two.yaml").write_text(recipes.dump(tiny_recipe(tmp_path, "two", "llama_tied", train__batch=5)))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tract_fast", "train"]

@@ -1,13 +1,24 @@
 """The step plan: every sequence once an epoch, packed within the limit, for every rank; and the Batch it fills."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from tract_fast.data.batch import collate, normalizer, pack, step_indices, steps_per_epoch
+from tract_fast.data.batch import (
+    collate,
+    layout_of,
+    normalizer,
+    pack,
+    pack_examples,
+    prompt_groups,
+    step_indices,
+    steps_per_epoch,
+)
 from tract_fast.data.prompt import Encoded
 from tract_fast.errors import UserError
 
@@ -110,3 +121,94 @@ def test_empty_micro_batch():
     assert b.input_ids.tolist() == [[0]] and b.cu_seq_lens_q.tolist() == [0, 1]
     assert len(b.rows) == len(b.score_rows) == 0
     assert b.labels.dtype == torch.int64 and b.row_weights.dtype == b.score_targets.dtype == torch.float32
+
+
+def of_groups(sizes):
+    """Examples of groups: (prompt length, [target lengths]); no two prompts and no two targets begin alike."""
+    found = []
+    for g, (prompt, targets) in enumerate(sizes):
+        for target in targets:
+            start = 1000 * (len(found) + len(sizes))
+            ids = (*range(1000 * g, 1000 * g + prompt), *range(start, start + target))
+            found.append(replace(encoded(prompt, target), ids=ids))
+    return found
+
+
+GROUPS = st.lists(
+    st.tuples(st.integers(1, 40), st.lists(st.integers(3, 20), min_size=1, max_size=6)), min_size=1, max_size=6
+)
+
+
+def test_prompt_groups_go_by_token_ids():
+    assert prompt_groups(of_groups([(3, [4, 5]), (2, [3]), (3, [9, 3])])).tolist() == [0, 0, 1, 2, 2]
+    assert prompt_groups([encoded(3, 4), encoded(4, 4), encoded(3, 9)]).tolist() == [0, 1, 0]
+
+
+@given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=9), batch=st.integers(1, 7), seed=st.integers(0, 5))
+def test_siblings_meet_and_every_sequence_comes_once(sizes, batch, seed):
+    """Shuffled by group: an epoch holds every sequence once, a group's members follow one another, in varied order."""
+    groups = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    n, steps = len(groups), steps_per_epoch(len(groups), batch)
+    options = {"batch": batch, "seed": seed, "shuffle": True, "groups": groups}
+    for epoch in range(2):
+        order = [i for s in range(epoch * steps, (epoch + 1) * steps) for i in step_indices(n, step=s, **options)]
+        assert sorted(order) == list(range(n))
+        changes = sum(groups[a] != groups[b] for a, b in itertools.pairwise(order))
+        assert changes == len(sizes) - 1
+
+
+def test_groups_of_one_are_shuffled_as_sequences_are():
+    options = {"batch": 7, "seed": 3, "step": 4, "shuffle": True}
+    alone = step_indices(20, groups=np.arange(20), **options)
+    assert alone.tolist() == step_indices(20, **options).tolist()
+
+
+@settings(max_examples=200)
+@given(sizes=GROUPS, world=st.integers(1, 4), room=st.integers(0, 150))
+def test_packing_groups(sizes, world, room):
+    """Every sequence once; no micro-batch computes more than its limit; as many calls on every rank."""
+    examples = of_groups(sizes)
+    max_tokens = max(len(e.ids) for e in examples) + room
+    ranks = pack_examples(examples, max_tokens, world, prompt_groups(examples))
+    assert sorted(i for rank in ranks for micro in rank for i in micro) == list(range(len(examples)))
+    assert len({len(rank) for rank in ranks}) == 1
+    loads = [layout_of([examples[i] for i in m], share=True).tokens for rank in ranks for m in rank]
+    assert max(loads) <= max_tokens
+
+
+def test_one_rank_splits_a_group_only_where_it_must():
+    examples = of_groups([(100, [10] * 8), (50, [10, 10])])
+    groups = prompt_groups(examples)
+    ((whole,),) = pack_examples(examples, 1000, 1, groups)
+    assert layout_of([examples[i] for i in whole], share=True).tokens == 180 + 70
+    (parts,) = pack_examples(examples, 150, 1, groups)
+    tokens = [layout_of([examples[i] for i in part], share=True).tokens for part in parts]
+    assert sorted(tokens) == [70, 130, 150], "the prompt of the long group twice"
+
+
+def test_ranks_share_a_group_where_that_ends_earlier():
+    """One prompt with eight rationales on four ranks: each computes the prompt, and none waits for one with all."""
+    examples = of_groups([(100, [50] * 8)])
+    ranks = pack_examples(examples, 1000, 4, prompt_groups(examples))
+    assert [len(micro) for rank in ranks for micro in rank] == [2, 2, 2, 2]
+    examples = of_groups([(1000, [10] * 2), (1000, [10] * 2)])
+    ranks = pack_examples(examples, 3000, 2, prompt_groups(examples))
+    assert [micro for rank in ranks for micro in rank] == [[0, 1], [2, 3]], "nothing is gained by a split"
+
+
+def test_collate_shared():
+    """A prompt of 3 with targets of 4 and 3: the prompt's last position predicts the first token of both."""
+    examples = [encoded(3, 4), Encoded((0, 1, 2, 30, 31, 32), 3, 0, 2.0, 2.0, "b", "q"), encoded(2, 3, start=100)]
+    norm = normalizer(examples, ce_weight=1, regression_weight=1, score_ce=True, ce_reduction="token")
+    b = collate(examples, norm, score_ce=True, share=True)
+    assert b.input_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 30, 31, 32, 100, 101, 102, 103, 104]]
+    assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 0, 1, 2, 3, 4]]
+    assert b.cu_seq_lens_q.tolist() == [0, 3, 7, 10, 15] and b.cu_seq_lens_k.tolist() == [0, 3, 10, 16, 21]
+    assert (b.max_length_q, b.max_length_k) == (5, 7)
+    keys = [0, 1, 2, *range(7), 0, 1, 2, 7, 8, 9, *range(10, 15)]
+    assert b.key_index.tolist() == keys
+    assert b.rows.tolist() == [2, 3, 4, 5, 2, 7, 8, 11, 12, 13]
+    assert b.labels.tolist() == [3, 4, 5, 6, 30, 31, 32, 102, 103, 104]
+    assert b.score_rows.tolist() == [2, 5, 8] and b.score_targets.tolist() == [3.0, 2.0, 3.0]
+    assert collate(examples, norm, score_ce=True).key_index is None
+    assert collate([], norm, score_ce=True, share=True).input_ids.tolist() == [[0]]
