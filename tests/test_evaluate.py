@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.kills import killed_again_and_again, sizes
+from tests.tiny_runs import write_data
 from tract_fast import cli, evaluate, judging
 from tract_fast.checkpoint import locked
 from tract_fast.data.feedback import Example, cut_rationale, has_score, read_label
@@ -150,6 +151,17 @@ def test_teacher_forced_scores_each_rationale(trained, tmp_path):
     assert (found["n"], found["draws"], found["no_score_sentence"]) == (6, 6, 0)
     assert found["decoded"]["n"] == 6
     assert found["generate"] is None
+
+
+def test_given_rationales_of_a_prompt_are_scored_together(trained, tmp_path, monkeypatch):
+    """Rationales of several lengths after one prompt, apart in the file: one batch, which computes the prompt once."""
+    lines = write_data(tmp_path / "all.jsonl", n=12, siblings=3).read_text().splitlines(keepends=True)
+    (tmp_path / "data.jsonl").write_text("".join(lines[i] for i in (0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11)))
+    batches, given = [], Judge.given
+    monkeypatch.setattr(Judge, "given", lambda self, ids, tails: batches.append(ids) or given(self, ids, tails))
+    source = Source(data=str(tmp_path / "data.jsonl"))
+    evaluate.run(str(trained), source, tmp_path / "out", SHORT, teacher_forced=True, batch=3, say=quiet)
+    assert len(batches) == 4 and all(len({tuple(row) for row in ids}) == 1 for ids in batches)
 
 
 def test_a_judge_without_rationales_is_held_against_the_annotators_mean(trained, tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ PLANNED_STEPS = 200  # at most this many steps are packed for the plan's average
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """The run in numbers; tokens and rows are of the largest micro-batch among the steps that were planned."""
+    """The run in numbers; tokens, rows and keys are of the largest micro-batch among the steps that were planned."""
 
     steps: int
     epochs: float
@@ -45,6 +45,7 @@ class StepPlan:
     tokens_per_step: float
     max_tokens: int
     max_rows: int
+    max_keys: int  # keys that are gathered for shared prompts
     planned: int
 
 
@@ -54,7 +55,7 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, groups: np.nda
     steps = batches.total_steps(
         len(examples), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
     )
-    micro, tokens, rows, counts = [], [], [], []
+    micro, tokens, rows, keys, counts = [], [], [], [0], []
     for step in range(min(steps, PLANNED_STEPS)):
         members, packed = batches.plan_step(
             examples,
@@ -68,8 +69,10 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, groups: np.nda
         )
         parts = [[members[i] for i in part] for rank in packed for part in rank if part]
         micro.append(len(parts))
-        computed = [batches.layout_of(part, share=groups is not None).tokens for part in parts]
+        layouts = [batches.layout_of(part, share=groups is not None) for part in parts]
+        computed = [layout.tokens for layout in layouts]
         tokens += computed
+        keys += [sum(map(len, layout.keys())) for layout in layouts if layout.shares]
         rows += [sum(len(e.ids) - e.prompt_len for e in part) for part in parts]
         counts.append(sum(computed))
     return StepPlan(
@@ -79,6 +82,7 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, groups: np.nda
         tokens_per_step=sum(counts) / len(counts),
         max_tokens=max(tokens),
         max_rows=max(rows),
+        max_keys=max(keys),
         planned=len(micro),
     )
 
@@ -92,7 +96,8 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
     frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
     blocks, hidden = text.num_hidden_layers, text.hidden_size
     head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    heads = text.num_attention_heads + 2 * (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    heads = text.num_attention_heads + 2 * key_heads
     inner = getattr(text, "intermediate_size", None) or 4 * hidden
     # saved per token by one block: the residual stream and its norms (float32 inside), q, k, v, their rotated copies,
     # the attention output, and gate, up, activation and product of the MLP
@@ -104,10 +109,13 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
     else:
         kept = 1.0 if every == "full" else 1.0 / int(every)
         per_token = blocks * (kept * between_blocks + (1 - kept) * in_block) + in_block
+    # keys and values that shared prompts gather are kept in blocks that are not computed again, and in one that is
+    gathering = blocks if every == "none" else 1 + (blocks * (1 - 1 / int(every)) if every.isdigit() else 0)
+    gathered = gathering * 2 * key_heads * head_dim * width * step.max_keys
     device = local_device()
     implementation, _ = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, config)
     masters = 4 * trained
-    activations = int(per_token * step.max_tokens)
+    activations = int(per_token * step.max_tokens + gathered)
     parts = {
         "frozen weights": frozen * width,
         "trained weights (float32)": masters,

@@ -91,15 +91,21 @@ def step_indices(
     another, and only where a batch ends between them do they part.
     """
     epoch, position = divmod(step, steps_per_epoch(n, batch))
+    start, end = position * batch, min((position + 1) * batch, n)
     random = np.random.default_rng([seed, epoch])
     if not shuffle:
-        order = np.arange(n)
-    elif groups is None:
-        order = random.permutation(n)
-    else:
-        turn = random.permutation(groups.max() + 1).argsort()  # of each group
-        order = np.lexsort((random.random(n), turn[groups]))
-    return order[position * batch : (position + 1) * batch]
+        return np.arange(start, end)
+    if groups is None:
+        return random.permutation(n)[start:end]
+    order = random.permutation(groups.max() + 1)
+    ends = np.bincount(groups)[order].cumsum()  # of each group, in its turn
+    first, last = ends.searchsorted(start, side="right"), ends.searchsorted(end)
+    members = [
+        np.random.default_rng([seed, epoch, group]).permutation(np.flatnonzero(groups == group))
+        for group in order[first : last + 1]
+    ]
+    before = ends[first - 1] if first else 0
+    return np.concatenate(members)[start - before : end - before]
 
 
 def check_fits(lengths: Sequence[int], max_tokens: int) -> None:
