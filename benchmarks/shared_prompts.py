@@ -4,8 +4,9 @@
 
 Some prompts of the data, each with its first k rationales, are one micro-batch: forward, backward, clipping and
 AdamW, through FSDP2 as in training. Shared and unshared take turns; times are medians over rounds, peak memory is what
-a step needs beyond what is resident before it. A share of 1 means that time falls as tokens do. Writes
-shared-prompts.json and shared-prompts.png.
+a step needs beyond what is resident before it. A share of 1 means that time falls as tokens do. Processor time is there
+for a CPU that others use, too: with OMP_NUM_THREADS=1 it says what the step costs alone. Writes shared-prompts.json and
+shared-prompts.png.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ def families(examples: list[Encoded], most: int, prompts: int, seed: int) -> lis
     return random.Random(seed).sample(large, prompts)
 
 
-def step(job: train.Job, examples: list[Encoded], share: bool) -> tuple[float, float, int]:
-    """(seconds, loss, tokens computed) of one optimizer step on ``examples`` in one micro-batch."""
-    begin = time.perf_counter()
+def step(job: train.Job, examples: list[Encoded], share: bool) -> tuple[float, float, float, int]:
+    """(seconds, processor seconds, loss, tokens computed) of one optimizer step on ``examples`` in one micro-batch."""
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     loss, device = job.recipe.loss, job.ranks.device
     names = ("ce_weight", "regression_weight", "score_ce", "ce_reduction")
     norm = batches.normalizer(examples, **{name: getattr(loss, name) for name in names})
@@ -55,7 +56,8 @@ def step(job: train.Job, examples: list[Encoded], share: bool) -> tuple[float, f
     job.optimizer.zero_grad()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - begin, out.loss.item(), batch.input_ids.shape[1]
+    seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
+    return *seconds, out.loss.item(), batch.input_ids.shape[1]
 
 
 class PeakMemory:
@@ -88,23 +90,27 @@ def measure(job: train.Job, groups: list[list[Encoded]], k: int, rounds: int) ->
     """One row of the table."""
     examples = [e for group in groups for e in group[:k]]
     times: dict[bool, list[float]] = {False: [], True: []}
+    cpu_times: dict[bool, list[float]] = {False: [], True: []}
     losses, tokens, memory = {}, {}, {}
     for number in range(rounds + 1):
         for share in (False, True) if number % 2 else (True, False):
             with PeakMemory(job.ranks.device) as peak:
-                seconds, loss, tokens[share] = step(job, examples, share)
+                seconds, cpu_seconds, loss, tokens[share] = step(job, examples, share)
             times[share].append(seconds)
+            cpu_times[share].append(cpu_seconds)
             if number == 0:  # warm-up: the weights are the same but for a step
                 losses[share] = loss
             memory[share] = max(memory.get(share, 0), peak.bytes)
-    seconds = {share: statistics.median(t[1:]) for share, t in times.items()}
+    seconds, cpu = ({share: statistics.median(t[1:]) for share, t in found.items()} for found in (times, cpu_times))
     row = {"k": k, "sequences": len(examples), "tokens_unshared": tokens[False], "tokens_shared": tokens[True]}
     row |= {"seconds_unshared": seconds[False], "seconds_shared": seconds[True]}
+    row |= {"cpu_seconds_unshared": cpu[False], "cpu_seconds_shared": cpu[True]}
     row |= {"all_seconds": {"unshared": times[False][1:], "shared": times[True][1:]}}
     row |= {"peak_bytes_unshared": memory[False], "peak_bytes_shared": memory[True]}
     row |= {"loss_unshared": losses[False], "loss_shared": losses[True]}
     row["token_ratio"] = tokens[False] / tokens[True]
     row["time_ratio"] = seconds[False] / seconds[True]
+    row["cpu_time_ratio"] = cpu[False] / cpu[True]
     row["memory_ratio"] = memory[False] / memory[True]
     row["share"] = row["time_ratio"] / row["token_ratio"]
     return row
@@ -136,12 +142,14 @@ def run(recipe: recipes.Recipe, ranks: Ranks, args: argparse.Namespace) -> dict[
         print(
             f"k {k}: tokens {r['tokens_unshared']} -> {r['tokens_shared']} ({r['token_ratio']:.2f}x), "
             f"step {r['seconds_unshared']:.2f} s -> {r['seconds_shared']:.2f} s ({r['time_ratio']:.2f}x, "
-            f"{r['share']:.0%} of the token ratio), peak {r['peak_bytes_unshared'] / 2**20:.0f} MiB -> "
+            f"{r['share']:.0%} of the token ratio; processor {r['cpu_time_ratio']:.2f}x), "
+            f"peak {r['peak_bytes_unshared'] / 2**20:.0f} MiB -> "
             f"{r['peak_bytes_shared'] / 2**20:.0f} MiB",
             flush=True,
         )
     about = {"device": doctor.describe_device(ranks.device), **doctor.versions(()), "dtype": recipe.model.dtype}
     about |= {"model": recipe.model.path, "lora_rank": recipe.lora.rank, "prompts": args.prompts, "rounds": args.rounds}
+    about["threads"] = torch.get_num_threads()
     return {"versions": about, "rows": rows}
 
 
