@@ -12,10 +12,12 @@ shared-prompts.png.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import random
 import statistics
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,13 +43,15 @@ def families(examples: list[Encoded], most: int, prompts: int, seed: int) -> lis
     return random.Random(seed).sample(large, prompts)
 
 
-def step(job: train.Job, examples: list[Encoded], share: bool) -> tuple[float, float, float, int]:
+def step(job: train.Job, examples: list[Encoded], shared: bool) -> tuple[float, float, float, int]:
     """(seconds, processor seconds, loss, tokens computed) of one optimizer step on ``examples`` in one micro-batch."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     loss, device = job.recipe.loss, job.ranks.device
     names = ("ce_weight", "regression_weight", "score_ce", "ce_reduction")
     norm = batches.normalizer(examples, **{name: getattr(loss, name) for name in names})
-    batch = batches.collate(examples, norm, score_ce=loss.score_ce, share=share).to(device)
+    batch = batches.collate(examples, norm, score_ce=loss.score_ce, share=job.sharing.share if shared else None).to(
+        device
+    )
     out = job.model(batch)
     out.loss.backward()
     trained = list(job.model.trainable().values())
@@ -68,6 +72,8 @@ class PeakMemory:
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed is given back, or it would not be counted
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
@@ -132,7 +138,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def run(recipe: recipes.Recipe, ranks: Ranks, args: argparse.Namespace) -> dict[str, Any]:
     data = prepare(recipe)
     job = train.assemble(recipe, ranks, data, print)
-    if job.groups is None:
+    if job.sharing.share is None:
         raise SystemExit("nothing to measure: this recipe does not share prompts")
     groups = families(data.train, max(args.k), args.prompts, recipe.train.seed)
     rows = []

@@ -120,9 +120,9 @@ def test_plan_counts_what_training_does(tmp_path, share):
     write_data(tmp_path / "data.jsonl", siblings=3)
     recipe = tiny_recipe(tmp_path, train__max_tokens=120, data__share_prompts=share)
     data, _ = prepared(recipe)
-    groups, _ = choose_sharing(recipe, data.config, DOCUMENTS, data.train, world=1)
-    assert (groups is not None) is (share == "auto")
-    step = estimate.plan(recipe, data.train, groups=groups)
+    sharing = choose_sharing(recipe, data.config, DOCUMENTS, data.train, world=1)
+    assert sharing.share == {"auto": "prompts", "off": None}[share]
+    step = estimate.plan(recipe, data.train, sharing=sharing)
     train.run(recipe)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "eval" not in line]

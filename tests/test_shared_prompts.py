@@ -88,14 +88,15 @@ def assert_same(found, expected, tolerance):
     room=st.integers(0, 80),
     seed=st.integers(0, 99),
     reduction=st.sampled_from(["token", "sequence"]),
+    share=st.sampled_from(["prompts", "heads"]),
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_is_that_of_unshared_prompts(family, groups, room, seed, reduction):
+def test_gradient_is_that_of_unshared_prompts(family, groups, room, seed, reduction, share):
     """Against every example in a micro-batch of its own; windows of 5 are shorter than most prompts."""
     model, examples = tract_model(family), judgements(groups, seed)
-    alone = gradients(model, examples, [[i] for i in range(len(examples))], False, reduction)
+    alone = gradients(model, examples, [[i] for i in range(len(examples))], None, reduction)
     packed = pack_examples(examples, max(len(e.ids) for e in examples) + room, 1, prompt_groups(examples))[0]
-    assert_same(gradients(model, examples, packed, True, reduction), alone, 1e-5)
+    assert_same(gradients(model, examples, packed, share, reduction), alone, 1e-5)
 
 
 @settings(max_examples=10)
@@ -105,11 +106,11 @@ def test_gradient_in_float64(name, groups, seed):
     """Also through the one variable-length call that CUDA makes, with a stand-in for its kernel."""
     examples = judgements(groups, seed)
     model = in_float64(tract_model("mistral"))
-    alone = gradients(model, examples, [[i] for i in range(len(examples))], False)
+    alone = gradients(model, examples, [[i] for i in range(len(examples))], None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "_varlen", plain_varlen(True))
         model.lm.set_attn_implementation(name)
-        shared = gradients(model, examples, [list(range(len(examples)))], True)
+        shared = gradients(model, examples, [list(range(len(examples)))], "heads")
     assert_same(shared, alone, 1e-12)
 
 
@@ -122,7 +123,7 @@ def test_siblings_do_not_see_each_other(family):
 
     def hidden(*documents):
         documents = list(documents)
-        layout = lay_out([d.numpy() for d in documents], [len(prompt)] * len(documents))
+        layout = lay_out([d.numpy() for d in documents], [len(prompt)] * len(documents), "heads")
         assert len(layout.segments) == 3
         return hidden_states(model.backbone, bare_batch(documents, layout)).split([20, 9, 12])
 
@@ -176,8 +177,9 @@ def siblings(tmp_path, **settings):
 def test_what_turns_sharing_off(tmp_path, change, what):
     recipe = siblings(tmp_path, **change)
     data = prepare(recipe, lambda text: None)
-    groups, line = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
-    assert groups is None and line.startswith(f"shared prompts: off ({what}")
+    sharing = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
+    assert sharing.share is sharing.groups is None
+    assert sharing.line.startswith(f"shared prompts: off ({what}")
 
 
 @pytest.mark.parametrize(
@@ -205,8 +207,17 @@ def test_nothing_to_share_is_said(tmp_path):
     """One sequence a micro-batch: whatever the data have in common, it never meets."""
     recipe = siblings(tmp_path, train__batch=1)
     data = prepare(recipe, lambda text: None)
-    groups, line = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
-    assert groups is None and "no two sequences of a micro-batch begin alike" in line
+    sharing = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
+    assert sharing.groups is None and "no two sequences of a micro-batch have a beginning to share" in sharing.line
+
+
+def test_heads_of_prompts_are_shared_in_one_call_alone(tmp_path):
+    """Data without siblings, whose prompts have their template in common: SDPA shares nothing, one kernel call does."""
+    recipe = tiny_recipe(tmp_path)
+    data = prepare(recipe, lambda text: None)
+    found = {name: choose_sharing(recipe, data.config, name, data.train, 1) for name in (DOCUMENTS, VARLEN)}
+    assert found[DOCUMENTS].share is None and found[VARLEN].share == "heads"
+    assert "x fewer" in found[VARLEN].line and "shuffled by prompt" not in found[VARLEN].line
 
 
 def test_the_saving_that_is_told_is_that_of_the_run(tmp_path, capsys):
@@ -217,7 +228,7 @@ def test_the_saving_that_is_told_is_that_of_the_run(tmp_path, capsys):
     lines = lines[:6]
     data = prepare(recipe, lambda text: None)
     assert len(data.train) == 24 and len(lines) == 5
-    _, line = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
+    line = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1).line
     assert line in printed and "the prompt of two shared, = each alone" in printed
     assert "8 prompts of 24 examples; shuffled by prompt" in line
     assert all(0 < step["tokens"] < step["logical_tokens"] for step in lines)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,7 +26,7 @@ from tract_fast.model import DTYPES, add_lora, choose_attention
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
 from tract_fast.shard import local_device
-from tract_fast.sharing import choose_sharing
+from tract_fast.sharing import Sharing, choose_sharing
 
 CPU_PROCESS = 450 * 2**20  # Python, torch, transformers, tokenizer, data: measured
 CPU_FRAGMENTATION = 0.75  # of the activations, held by malloc beside them: measured with the demo
@@ -49,8 +48,9 @@ class StepPlan:
     planned: int
 
 
-def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, groups: np.ndarray | None = None) -> StepPlan:
-    """Pack the first steps as training would; ``groups`` where it shares prompts (``sharing``)."""
+def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Sharing | None = None) -> StepPlan:
+    """Pack the first steps as training would; ``sharing``: what it shares."""
+    sharing = sharing or Sharing("")
     settings = recipe.train
     steps = batches.total_steps(
         len(examples), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
@@ -65,11 +65,11 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, groups: np.nda
             step=step,
             shuffle=settings.shuffle,
             world=world,
-            groups=groups,
+            groups=sharing.groups,
         )
         parts = [[members[i] for i in part] for rank in packed for part in rank if part]
         micro.append(len(parts))
-        layouts = [batches.layout_of(part, share=groups is not None) for part in parts]
+        layouts = [batches.layout_of(part, share=sharing.share) for part in parts]
         computed = [layout.tokens for layout in layouts]
         tokens += computed
         keys += [sum(map(len, layout.keys())) for layout in layouts if layout.shares]
@@ -177,8 +177,8 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
     console.print(recipes.dump(recipe), markup=False)
     device = local_device()
     name, reason = choose_attention(recipe.model, data.config, device)
-    groups, shared = choose_sharing(recipe, data.config, name, data.train, world=1)
-    step = plan(recipe, data.train, groups=groups)
+    sharing = choose_sharing(recipe, data.config, name, data.train, world=1)
+    step = plan(recipe, data.train, sharing=sharing)
     console.rule("plan")
     first, last = (optim.learning_rate(s, step.steps, recipe.train) for s in (0, step.steps - 1))
     loss, why = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, data.config)
@@ -189,7 +189,7 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
         f"(first {step.planned} steps packed)\n"
         f"lr {first:.2e} at first, {recipe.train.lr:.2e} at its peak, {last:.2e} at last; "
         f"{len(data.held_out)} held-out examples; {len(data.left_out)} records left out\n"
-        f"{shared}\n"
+        f"{sharing.line}\n"
         f"device {device}; attention {name} ({reason}); loss {loss} ({why})\n"
         f"{recipe.run.dir}: {f'goes on from {start.name}' if start else 'a new run'}",
         markup=False,

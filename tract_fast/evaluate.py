@@ -26,6 +26,7 @@ from tract_fast.checkpoint import make_folder, replace_file
 from tract_fast.data import batch as batches
 from tract_fast.data.feedback import Example
 from tract_fast.data.prompt import Encoded
+from tract_fast.data.tree import Share
 from tract_fast.judge import Judge, mean_of_known, prompts_at_once
 from tract_fast.judging import Item, Say, Source, draws, judge_all, read_examples, render
 from tract_fast.metrics import MEASURES, agreement, with_intervals
@@ -210,13 +211,13 @@ def show(metrics: dict[str, Any], out: Path) -> None:
 
 @torch.no_grad()
 def held_out_metrics(
-    model: TractModel, examples: Sequence[Encoded], recipe: Recipe, ranks: Ranks, share: bool = False
+    model: TractModel, examples: Sequence[Encoded], recipe: Recipe, ranks: Ranks, share: Share | None = None
 ) -> dict:
     """Metrics on given rationales: the expected score after each, against that example's own score.
 
     Returns pearson, spearman, rmse, mae, ce (mean over tokens, natural log), score_mass (mean vocabulary probability
     on the score tokens) and n; None where a value is undefined or not finite. Every rank must call it; the
-    micro-batches are the same at every step. ``share``: prompts are shared, as in training.
+    micro-batches are the same at every step. ``share``: what is shared, as in training.
     """
     score_ce = recipe.loss.score_ce
     norm = batches.normalizer(examples, ce_weight=1.0, regression_weight=1.0, score_ce=score_ce, ce_reduction="token")

@@ -334,7 +334,7 @@ def self_check(
     draw = lambda n: torch.randint(vocabulary, (n,), generator=tokens).to(device)  # noqa: E731
     prompt = draw(11)
     documents = [torch.cat([prompt, draw(6)]), draw(7), torch.cat([prompt, draw(4)])]
-    layout = lay_out([d.cpu().numpy() for d in documents], [len(prompt)] * 3 if share else None)
+    layout = lay_out([d.cpu().numpy() for d in documents], [len(prompt)] * 3, "prompts" if share else None)
     was_training = lm.training
     lm.eval()
     with rounded(lm, dtype):
@@ -377,7 +377,7 @@ def bare_batch(documents: list[Tensor], layout: Layout | None = None) -> Batch:
     ids = [d.cpu().numpy() for d in documents]
     none = torch.empty(0)
     batch = Batch(
-        **attention_fields(ids, layout or lay_out(ids, None)),
+        **attention_fields(ids, layout or lay_out(ids, [1] * len(ids), None)),
         rows=none.long(),
         labels=none.long(),
         row_weights=none,

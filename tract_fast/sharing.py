@@ -7,12 +7,14 @@ is named here. Which tokens are shared is decided in ``data/tree.py``, which seq
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from tract_fast.attention import DOCUMENTS, VARLEN
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
+from tract_fast.data.tree import Share
 from tract_fast.recipe import Recipe
 from tract_fast.sections import Train
 
@@ -20,23 +22,36 @@ PLANNED_STEPS = 200  # at most so many steps of the first epoch are planned to t
 DROPOUT = ("dropout", "pdrop", "dropout_rate", "dropout_prob", "layerdrop")  # how configurations' names of it end
 
 
-def choose_sharing(
-    recipe: Recipe, config, attention_name: str, examples: Sequence[Encoded], world: int
-) -> tuple[np.ndarray | None, str]:
-    """(prompt group of each example, the line to print); None where prompts are not shared."""
+@dataclass(frozen=True)
+class Sharing:
+    """What a run shares."""
+
+    line: str
+    """To print: what is saved, or why nothing is."""
+    share: Share | None = None
+    groups: np.ndarray | None = None
+    """(examples,) int64, the prompt group of each training example; None where nothing is shared."""
+
+
+def choose_sharing(recipe: Recipe, config, attention_name: str, examples: Sequence[Encoded], world: int) -> Sharing:
+    """What this run shares. Whole prompts wherever that is exact; heads of prompts with one variable-length call alone:
+    what follows a head takes attention with a mask from SDPA, which costs more than the head does (measured: see
+    ``docs/shared-prompts.md``)."""
     why = "data.share_prompts" if recipe.data.share_prompts == "off" else obstacle(recipe, config, attention_name)
     if why:
-        return None, f"shared prompts: off ({why})"
+        return Sharing(f"shared prompts: off ({why})")
+    share: Share = "heads" if attention_name == VARLEN else "prompts"
     groups = batches.prompt_groups(examples)
-    logical, computed = epoch_tokens(recipe.train, examples, groups, world)
+    logical, computed = epoch_tokens(recipe.train, examples, groups, share, world)
     if computed == logical:
-        return None, "shared prompts: off (no two sequences of a micro-batch begin alike)"
+        return Sharing("shared prompts: off (no two sequences of a micro-batch have a beginning to share)")
     prompts = groups.max() + 1
     by_prompt = "; shuffled by prompt" if recipe.train.shuffle and prompts < len(examples) else ""
-    return groups, (
+    line = (
         f"shared prompts: tokens {count(logical)} -> {count(computed)} an epoch, {logical / computed:.2f}x fewer; "
         f"{prompts} prompts of {len(examples)} examples{by_prompt}"
     )
+    return Sharing(line, share, groups)
 
 
 def obstacle(recipe: Recipe, config, attention_name: str) -> str | None:
@@ -69,7 +84,9 @@ def _rope_types(parameters: dict) -> Iterator[str]:
             yield value
 
 
-def epoch_tokens(train: Train, examples: Sequence[Encoded], groups: np.ndarray, world: int) -> tuple[int, int]:
+def epoch_tokens(
+    train: Train, examples: Sequence[Encoded], groups: np.ndarray, share: Share, world: int
+) -> tuple[int, int]:
     """Tokens of an epoch: (with each prompt counted for each of its sequences, computed), from its first steps."""
     steps = batches.steps_per_epoch(len(examples), train.batch)
     logical = computed = 0
@@ -86,7 +103,7 @@ def epoch_tokens(train: Train, examples: Sequence[Encoded], groups: np.ndarray, 
         )
         logical += sum(len(e.ids) for e in members)
         computed += sum(
-            batches.layout_of([members[i] for i in micro], share=True).tokens for rank in packed for micro in rank
+            batches.layout_of([members[i] for i in micro], share=share).tokens for rank in packed for micro in rank
         )
     whole = sum(len(e.ids) for e in examples)
     return whole, round(computed * whole / logical)

@@ -46,7 +46,7 @@ class Job:
     model: model.TractModel
     optimizer: torch.optim.Optimizer
     total: int  # optimizer steps of the whole run
-    groups: np.ndarray | None  # (examples,) int64, prompt groups where prompts are shared
+    sharing: sharing.Sharing
 
     @property
     def run_dir(self) -> Path:
@@ -88,9 +88,9 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
     """Build and shard the model, make the optimizer, count the steps."""
     dtype = model.DTYPES[recipe.model.dtype]
     attention_name, _ = model.choose_attention(recipe.model, data.config, ranks.device)
-    groups, line = sharing.choose_sharing(recipe, data.config, attention_name, data.train, ranks.world)
-    say(line)
-    share = groups is not None
+    shared = sharing.choose_sharing(recipe, data.config, attention_name, data.train, ranks.world)
+    say(shared.line)
+    share = shared.share is not None
     built = model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, say, share=share)
     shard.shard(built, ranks.mesh, dtype)
     trained = built.trainable()
@@ -104,7 +104,7 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
     total = batches.total_steps(
         len(data.train), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
     )
-    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, groups)
+    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, shared)
 
 
 def resume_point(recipe: Recipe) -> Path | None:
@@ -224,8 +224,8 @@ def evaluate_if_due(job: Job, done: int, out: log.RunLog) -> None:
     every = job.recipe.train.eval_every
     if job.data.held_out and (done in (0, job.total) or (every and done % every == 0)):
         out.evaluating(len(job.data.held_out))
-        share = job.groups is not None
-        out.evaluation(done, evaluate.held_out_metrics(job.model, job.data.held_out, job.recipe, job.ranks, share))
+        what = job.model, job.data.held_out, job.recipe, job.ranks, job.sharing.share
+        out.evaluation(done, evaluate.held_out_metrics(*what))
 
 
 def save(job: Job, step: int, out: log.RunLog) -> None:
@@ -303,7 +303,7 @@ def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batc
         step=step,
         shuffle=train.shuffle,
         world=job.ranks.world,
-        groups=job.groups,
+        groups=job.sharing.groups,
     )
     norm = batches.normalizer(
         examples,
@@ -317,7 +317,7 @@ def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batc
 
 def collate(job: Job, examples: list[Encoded], norm: batches.Normalizer) -> batches.Batch:
     """One micro-batch of the job, on the CPU."""
-    return batches.collate(examples, norm, score_ce=job.recipe.loss.score_ce, share=job.groups is not None)
+    return batches.collate(examples, norm, score_ce=job.recipe.loss.score_ce, share=job.sharing.share)
 
 
 def tally(out: TractLoss | SampledTractLoss, batch: batches.Batch) -> Tensor:

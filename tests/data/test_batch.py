@@ -172,7 +172,7 @@ def test_packing_groups(sizes, world, room):
     ranks = pack_examples(examples, max_tokens, world, prompt_groups(examples))
     assert sorted(i for rank in ranks for micro in rank for i in micro) == list(range(len(examples)))
     assert len({len(rank) for rank in ranks}) == 1
-    loads = [layout_of([examples[i] for i in m], share=True).tokens for rank in ranks for m in rank]
+    loads = [layout_of([examples[i] for i in m], share="heads").tokens for rank in ranks for m in rank]
     assert max(loads) <= max_tokens
 
 
@@ -180,9 +180,9 @@ def test_one_rank_splits_a_group_only_where_it_must():
     examples = of_groups([(100, [10] * 8), (50, [10, 10])])
     groups = prompt_groups(examples)
     ((whole,),) = pack_examples(examples, 1000, 1, groups)
-    assert layout_of([examples[i] for i in whole], share=True).tokens == 180 + 70
+    assert layout_of([examples[i] for i in whole], share="heads").tokens == 180 + 70
     (parts,) = pack_examples(examples, 150, 1, groups)
-    tokens = [layout_of([examples[i] for i in part], share=True).tokens for part in parts]
+    tokens = [layout_of([examples[i] for i in part], share="heads").tokens for part in parts]
     assert sorted(tokens) == [70, 130, 150], "the prompt of the long group twice"
 
 
@@ -200,7 +200,7 @@ def test_collate_shared():
     """A prompt of 3 with targets of 4 and 3: the prompt's last position predicts the first token of both."""
     examples = [encoded(3, 4), Encoded((0, 1, 2, 30, 31, 32), 3, 0, 2.0, 2.0, "b", "q"), encoded(2, 3, start=100)]
     norm = normalizer(examples, ce_weight=1, regression_weight=1, score_ce=True, ce_reduction="token")
-    b = collate(examples, norm, score_ce=True, share=True)
+    b = collate(examples, norm, score_ce=True, share="heads")
     assert b.input_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 30, 31, 32, 100, 101, 102, 103, 104]]
     assert b.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 0, 1, 2, 3, 4]]
     assert b.cu_seq_lens_q.tolist() == [0, 3, 7, 10, 15] and b.cu_seq_lens_k.tolist() == [0, 3, 10, 16, 21]
@@ -211,4 +211,4 @@ def test_collate_shared():
     assert b.labels.tolist() == [3, 4, 5, 6, 30, 31, 32, 102, 103, 104]
     assert b.score_rows.tolist() == [2, 5, 8] and b.score_targets.tolist() == [3.0, 2.0, 3.0]
     assert collate(examples, norm, score_ce=True).key_index is None
-    assert collate([], norm, score_ce=True, share=True).input_ids.tolist() == [[0]]
+    assert collate([], norm, score_ce=True, share="heads").input_ids.tolist() == [[0]]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tract_fast.data.prompt import Encoded
-from tract_fast.data.tree import Layout, lay_out
+from tract_fast.data.tree import Layout, Share, lay_out
 from tract_fast.errors import UserError
 
 IGNORE = -100
@@ -238,9 +238,9 @@ def pack_examples(
     return pack(lengths, max_tokens=max_tokens, world=world, prompt_lens=prompt_lens, groups=groups)
 
 
-def layout_of(examples: Sequence[Encoded], *, share: bool) -> Layout:
+def layout_of(examples: Sequence[Encoded], *, share: Share | None) -> Layout:
     """How the examples of a micro-batch are laid out."""
-    return lay_out([np.asarray(e.ids) for e in examples], [e.prompt_len for e in examples] if share else None)
+    return lay_out([np.asarray(e.ids) for e in examples], [e.prompt_len for e in examples], share)
 
 
 def attention_fields(sequences: Sequence[np.ndarray], layout: Layout) -> dict[str, Tensor | int | None]:
@@ -260,14 +260,14 @@ def attention_fields(sequences: Sequence[np.ndarray], layout: Layout) -> dict[st
     }
 
 
-def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool, share: bool = False) -> Batch:
-    """Pack ``examples`` into one Batch and give each row its weight. ``share``: what they share is there once.
+def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool, share: Share | None = None) -> Batch:
+    """Pack ``examples`` into one Batch and give each row its weight. ``share``: what is there once.
 
     With no examples the batch is one token that nothing is trained on, so that a rank without work still takes part in
     every collective call.
     """
     ids = [np.asarray(e.ids) for e in examples]
-    layout = lay_out(ids, [e.prompt_len for e in examples] if share else None)
+    layout = layout_of(examples, share=share)
     rows, labels, row_weights, score_rows = [], [], [], []
     n_rows = 0
     for e, places in zip(examples, layout.places, strict=True):
@@ -288,7 +288,7 @@ def collate(examples: Sequence[Encoded], norm: Normalizer, *, score_ce: bool, sh
     weight = norm.regression_weight / norm.weighted_sequences if examples else 0.0
     if not examples:
         ids = [np.zeros(1, dtype=np.int64)]
-        layout = lay_out(ids, None)
+        layout = lay_out(ids, [1], None)
     return Batch(
         **attention_fields(ids, layout),
         rows=cat(rows, np.int64),

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-PAYS = 16  # a head is shared if it is at least one part in so many of the longest sequence below it: see lay_out
+Share = Literal["prompts", "heads"]  # whole prompts alone, or parts of them, too
+PAYS = 16  # a head is shared if it is at least one part in so many of the longest sequence below it
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,22 @@ class Layout:
         return [self.places[i][:end] for i, _, end in self.segments]
 
 
-def lay_out(sequences: Sequence[np.ndarray], prompt_lens: Sequence[int] | None) -> Layout:
-    """The layout of ``sequences``, (L,) integers each; ``prompt_lens`` None: nothing is shared.
+def lay_out(sequences: Sequence[np.ndarray], prompt_lens: Sequence[int], share: Share | None) -> Layout:
+    """The layout of ``sequences``, (L,) integers each; ``share`` None: nothing is shared.
 
-    A whole prompt that two sequences have is always shared. A part of one is where it is at least 1/PAYS of the longest
-    sequence that has it: what comes after it then takes attention with a mask, which on a CPU costs a third more than
-    causal attention, and that must be won back.
+    A whole prompt that two sequences have is always shared, and with it what they have in common after it. A part of
+    one is with "heads", where it is at least 1/PAYS of the longest sequence that has it.
     """
     places = [np.empty(len(s), dtype=np.int64) for s in sequences]
     segments: list[tuple[int, int, int]] = []
     every = list(range(len(sequences)))
     tokens = 0
-    todo = [([i], 0) for i in reversed(every)] if prompt_lens is None else [(every, 0)][: len(every)]
+    todo = [([i], 0) for i in reversed(every)] if share is None else [(every, 0)][: len(every)]
     while todo:
         members, start = todo.pop()  # the first ``start`` tokens of all of them are laid out
         end = _common_prefix([sequences[i] for i in members])
         alone = len(members) == 1
-        if alone or _pays(members, start, end, sequences, prompt_lens):
+        if alone or _pays(members, start, end, sequences, prompt_lens, share):
             for i in members:
                 places[i][start:end] = np.arange(tokens, tokens + end - start)
             segments.append((members[0], start, end))
@@ -71,10 +72,16 @@ def lay_out(sequences: Sequence[np.ndarray], prompt_lens: Sequence[int] | None) 
 
 
 def _pays(
-    members: list[int], start: int, end: int, sequences: Sequence[np.ndarray], prompt_lens: Sequence[int]
+    members: list[int],
+    start: int,
+    end: int,
+    sequences: Sequence[np.ndarray],
+    prompt_lens: Sequence[int],
+    share: Share,
 ) -> bool:
     whole_prompt = end >= min(prompt_lens[i] for i in members)
-    return end > start and (whole_prompt or PAYS * (end - start) >= max(len(sequences[i]) for i in members))
+    long = share == "heads" and PAYS * (end - start) >= max(len(sequences[i]) for i in members)
+    return end > start and (whole_prompt or long)
 
 
 def _common_prefix(sequences: Sequence[np.ndarray]) -> int:
