@@ -43,8 +43,8 @@ def families(examples: list[Encoded], most: int, prompts: int, seed: int) -> lis
     return random.Random(seed).sample(large, prompts)
 
 
-def step(job: train.Job, examples: list[Encoded], shared: bool) -> tuple[float, float, float, int]:
-    """(seconds, processor seconds, loss, tokens computed) of one optimizer step on ``examples`` in one micro-batch."""
+def step(job: train.Job, examples: list[Encoded], shared: bool) -> tuple[float, float, int]:
+    """(seconds, processor seconds, tokens computed) of one optimizer step on ``examples`` in one micro-batch."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     loss, device = job.recipe.loss, job.ranks.device
     names = ("ce_weight", "regression_weight", "score_ce", "ce_reduction")
@@ -52,8 +52,7 @@ def step(job: train.Job, examples: list[Encoded], shared: bool) -> tuple[float, 
     batch = batches.collate(examples, norm, score_ce=loss.score_ce, share=job.sharing.share if shared else None).to(
         device
     )
-    out = job.model(batch)
-    out.loss.backward()
+    job.model(batch).loss.backward()
     trained = list(job.model.trainable().values())
     shard.clip_gradients(trained, 1.0, shard.gradient_norm(trained))
     job.optimizer.step()
@@ -61,7 +60,7 @@ def step(job: train.Job, examples: list[Encoded], shared: bool) -> tuple[float, 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
-    return *seconds, out.loss.item(), batch.input_ids.shape[1]
+    return *seconds, batch.input_ids.shape[1]
 
 
 class PeakMemory:
@@ -97,15 +96,13 @@ def measure(job: train.Job, groups: list[list[Encoded]], k: int, rounds: int) ->
     examples = [e for group in groups for e in group[:k]]
     times: dict[bool, list[float]] = {False: [], True: []}
     cpu_times: dict[bool, list[float]] = {False: [], True: []}
-    losses, tokens, memory = {}, {}, {}
+    tokens, memory = {}, {}
     for number in range(rounds + 1):
         for share in (False, True) if number % 2 else (True, False):
             with PeakMemory(job.ranks.device) as peak:
-                seconds, cpu_seconds, loss, tokens[share] = step(job, examples, share)
+                seconds, cpu_seconds, tokens[share] = step(job, examples, share)
             times[share].append(seconds)
             cpu_times[share].append(cpu_seconds)
-            if number == 0:  # warm-up: the weights are the same but for a step
-                losses[share] = loss
             memory[share] = max(memory.get(share, 0), peak.bytes)
     seconds, cpu = ({share: statistics.median(t[1:]) for share, t in found.items()} for found in (times, cpu_times))
     row = {"k": k, "sequences": len(examples), "tokens_unshared": tokens[False], "tokens_shared": tokens[True]}
@@ -113,7 +110,6 @@ def measure(job: train.Job, groups: list[list[Encoded]], k: int, rounds: int) ->
     row |= {"cpu_seconds_unshared": cpu[False], "cpu_seconds_shared": cpu[True]}
     row |= {"all_seconds": {"unshared": times[False][1:], "shared": times[True][1:]}}
     row |= {"peak_bytes_unshared": memory[False], "peak_bytes_shared": memory[True]}
-    row |= {"loss_unshared": losses[False], "loss_shared": losses[True]}
     row["token_ratio"] = tokens[False] / tokens[True]
     row["time_ratio"] = seconds[False] / seconds[True]
     row["cpu_time_ratio"] = cpu[False] / cpu[True]
