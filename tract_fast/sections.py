@@ -97,9 +97,8 @@ class Data:
     rationale: Literal["keep", "drop"] = "keep"
     """drop trains on the score alone, without a rationale before it."""
     share_prompts: Literal["auto", "off"] = "auto"
-    """auto computes what sequences of a micro-batch have in common at their start, such as a prompt with several
-    rationales, once: the same gradient for less work, with batches shuffled by prompt. off shuffles sequence by
-    sequence."""
+    """auto computes a prompt once for all its rationales in a micro-batch (on CUDA also a long head that prompts
+    share): the same gradient for less work, with batches shuffled by prompt. off shuffles sequence by sequence."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do at a broken record: stop, or leave it out and list it."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
