@@ -61,7 +61,7 @@ def test_help_of_train_shows_every_setting():
         assert f"--{key} {settings.metavar(f.type)} {settings.docs(section)[f.name]} (" in text, key
         assert section.__doc__ in text
     assert "Peak learning rate. (default: 1.0e-05)" in text and "(default: ['1', '2', '3', '4', '5'])" in text
-    assert text.count("(required)") == 4 and "--nproc INT, --run.nproc INT" in text and "--dry-run" in text
+    assert text.count("(required)") == 4 and "--nproc INT|auto, --run.nproc INT|auto" in text and "--dry-run" in text
     places = [text.index(f"{name} options {cls.__doc__}") for name, cls in recipes.SECTIONS.items()]
     assert places == sorted(places)
 
@@ -95,7 +95,7 @@ def test_version(capsys):
         (["train", "r.yaml", "train.lr=3"], "train.lr=3: write --train.lr=3"),
         (["train", "r.yaml", "--train.lr", "abc"], "train.lr = abc: must be a number"),
         (["train", "--train.lr", "-1", "r.yaml"], "train.lr = -1.0: must be above 0"),
-        (["train", "--dry-run", "--nproc", "2", "r.yaml"], "run.nproc = 2: must be 1: more processes are not in this"),
+        (["train", "--dry-run", "--nproc", "0", "r.yaml"], "run.nproc = 0: must be above 0, or auto"),
         (["train", "--dry_run", "r.yaml", "--train.clip", "-2"], "train.clip = -2.0: must be above 0, or null"),
         (["train", "bad.yaml"], "train.lr = [1, 2]: must be a number (bad.yaml:5)"),
         (["export", "none"], "none holds no checkpoint to export"),

@@ -226,7 +226,7 @@ def test_killed_at_random_instants(tmp_path):
 
 
 def test_a_stopped_training_ends_the_run_with_its_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.train, "run", lambda recipe: 75)
+    monkeypatch.setattr(pipeline.launch, "train", lambda recipe: 75)
     recipe = small(tmp_path)
     assert pipeline.run(recipe) == 75
     assert not (Path(recipe.run.dir) / "steps.json").exists()

@@ -8,7 +8,7 @@ from hypothesis import given, settings as hypothesis_settings, strategies as st
 
 from tract_fast import recipe as recipes, settings
 from tract_fast.errors import UserError
-from tract_fast.recipe import FIELDS, Checkpoint, Data, Lora, Loss, Model, Recipe, Run, Score, Train
+from tract_fast.recipe import FIELDS, Checkpoint, Data, Lora, Loss, Model, Recipe, Run, Score, Shard, Train
 
 REQUIRED = "model: {path: owner/name}\ndata: {train: d.jsonl}\nrun: {dir: runs/x}\n"  # three lines
 
@@ -136,7 +136,7 @@ def test_byte_order_mark_and_crlf(tmp_path, load):
     [
         (["--train.lr"], "--train.lr needs a value: --train.lr NUMBER"),
         (["--train.lr", "--train.batch", "3"], "--train.lr needs a value: --train.lr NUMBER"),
-        (["--nproc"], "--nproc needs a value: --nproc INT"),
+        (["--nproc"], "--nproc needs a value: --nproc INT|auto"),
         (["--train.lr", "-1"], "train.lr = -1.0: must be above 0"),
         (["--train.lr=-1e-5"], "train.lr = -1e-05: must be above 0"),
         (["--train.lr", "abc"], "train.lr = abc: must be a number"),
@@ -146,7 +146,8 @@ def test_byte_order_mark_and_crlf(tmp_path, load):
         (["--run.dir", "a #1"], "--run.dir a #1: as YAML '#1' is no part of the value: quote it"),
         (["--data.train", "*.json"], "--data.train *.json: not valid YAML"),
         (["--data.chat_template_kwargs", "{a: [1}"], "--data.chat_template_kwargs {a: [1}: not valid YAML"),
-        (["--nproc", "2"], "run.nproc = 2: must be 1: more processes are not in this version"),
+        (["--nproc", "0"], "run.nproc = 0: must be above 0, or auto"),
+        (["--nproc", "all"], "run.nproc = all: must be auto"),
     ],
 )
 def test_command_line_errors(refused, argv, message):
@@ -211,7 +212,12 @@ def test_an_error_names_the_file_only_where_the_file_is_wrong(refused):
         (Checkpoint, {"every": 0}, "checkpoint.every"),
         (Checkpoint, {"keep_last": 0}, "checkpoint.keep_last"),
         (Run, {"dir": ""}, "run.dir"),
-        (Run, {"dir": "r", "nproc": 2}, "run.nproc"),
+        (Run, {"dir": "r", "nproc": 0}, "run.nproc"),
+        (Run, {"dir": "r", "max_restarts": -1}, "run.max_restarts"),
+        (Run, {"dir": "r", "timeout": 0}, "run.timeout"),
+        (Shard, {"replicate": 0}, "shard.replicate"),
+        (Checkpoint, {"keep_best": -1}, "checkpoint.keep_best"),
+        (Checkpoint, {"metric": "accuracy"}, "checkpoint.metric"),
         (Run, {"dir": "r", "resume": "always"}, "run.resume"),
     ],
 )
@@ -229,6 +235,8 @@ def test_values_that_are_refused(section, values, key):
         ("loss: {score_ce: false, normalize: vocab}", 0),
         ("train: {eval_every: 5}", 1),
         ("train: {eval_every: 5}\ndata.holdout: 0.1", 0),
+        ("checkpoint: {keep_best: 1, every: 10}\ntrain: {eval_every: 4}\ndata.holdout: 0.1", 1),
+        ("checkpoint: {keep_best: 1, every: 10}\ntrain: {eval_every: 5}\ndata.holdout: 0.1", 0),
         ("train: {eval_every: 5}\ndata.eval: e", 0),
     ],
 )

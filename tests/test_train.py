@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from tests.tiny_runs import metrics, tiny_recipe, write_data
 from tract_fast import checkpoint, model, recipe as recipes, shard, train
 from tract_fast.errors import RunStopped, UserError
 from tract_fast.model import bare_batch, hidden_states
 from tract_fast.prepare import prepare
+from tract_fast.shards import Stored
 
 
 def gradients(recipe, step=0):
@@ -75,8 +75,8 @@ def test_gradient_equals_plain_autograd(tmp_path, lora_rank):
 
 
 def weights(run_dir, step):
-    (file,) = (checkpoint.folder(Path(run_dir)) / f"step_{step:06d}").glob("*.safetensors")
-    return load_file(file)
+    stored = Stored((checkpoint.folder(Path(run_dir)) / f"step_{step:06d}").glob("*.safetensors"))
+    return {name: stored.whole(name) for name in stored.shapes}
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def stop_after(recipe, step):
     """Run until ``step`` steps are done, then as a SIGTERM would end it."""
     taken = train.train_step
 
-    def step_then_signal(job, i, stop):
+    def step_then_signal(job, i, stop, **options):
         if i + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return taken(job, i, stop)
+        return taken(job, i, stop, **options)
 
     train.train_step = step_then_signal
     try:

@@ -1,9 +1,9 @@
-"""Save, resume and export.
+"""What a checkpoint is, resuming from it, and export.
 
-A checkpoint is a folder ``run.dir/checkpoints/step_000500`` with what was trained and AdamW's state as safetensors
-(written and read through torch's distributed checkpoint, so that shards of any number of ranks can be put together
-again) and ``state.json``. Nothing in it is unpickled. It is written under a temporary name and renamed when complete;
-``latest`` is replaced last: killed at any instant, the previous checkpoint is whole.
+A checkpoint is a folder ``run.dir/checkpoints/step_000500`` with what was trained and AdamW's state as safetensors, a file
+of rows per rank (``shards``), so that any number of ranks can read it, and ``state.json``. Nothing in it is unpickled.
+``saver`` writes it under a temporary name and renames it when complete; ``latest`` is replaced last: killed at any
+instant, the previous checkpoint is whole.
 
 Random numbers need no state: each step seeds its generator from (seed, step, rank), and the data order is arithmetic.
 """
@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.api import CheckpointException
 
 from tract_fast import recipe as recipes
 from tract_fast.data import prompt
@@ -36,9 +32,9 @@ from tract_fast.data.scores import SENTENCE, ScoreScale, find_scale
 from tract_fast.errors import UserError
 from tract_fast.model import DTYPES, TractModel, load_lm, load_tokenizer, lora_config, round_to
 from tract_fast.recipe import Recipe
+from tract_fast.shards import Stored
 
 EXPORT_WARNINGS = (  # of libraries, about what is meant to be so
-    "torch.distributed is disabled",  # one process reads the checkpoint
     "Could not find a config file",  # a GGUF file carries its own
     "`is_gradient_checkpointing` is deprecated",  # peft still asks for it
 )
@@ -116,17 +112,22 @@ def replace_file(path: Path, text: str) -> None:
     except OSError:
         Path(name).unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    flush(path.parent)
 
 
 def make_readable(path: Path) -> None:
     """The mode of a new file; those of ``tempfile`` and of safetensors are their owner's alone."""
+    path.chmod(_new_file_mode())
+
+
+@functools.cache  # the only way to read it sets it for a moment, which threads must not do
+def _new_file_mode() -> int:
     umask = os.umask(0)
     os.umask(umask)
-    path.chmod(0o666 & ~umask)
+    return 0o666 & ~umask
 
 
-def _sync(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make a folder's or file's change survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -155,64 +156,22 @@ def training_state(model: TractModel, optimizer: torch.optim.Optimizer) -> dict[
     return flat
 
 
-def save(
-    run_dir: Path, model: TractModel, optimizer: torch.optim.Optimizer, progress: Progress, keep_last: int
-) -> Path:
-    """Write the checkpoint of ``progress.step`` and drop all but the newest ``keep_last``. Every rank must call it.
-
-    Raises OSError (such as a full disk) with the previous checkpoint whole and the unfinished one removed.
-    """
-    final = folder(run_dir) / f"step_{progress.step:06d}"
-    partial = final.with_suffix(".tmp")
-    is_main = dist.get_rank() == 0
-    if is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    try:
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(training_state(model, optimizer), storage_writer=writer)
-        if is_main:
-            _commit(partial, final, progress, keep_last)
-    except (OSError, SafetensorError, CheckpointException) as error:  # the last is a BaseException of the library's
-        shutil.rmtree(partial, ignore_errors=True)
-        cause = _root_cause(error)
-        if not isinstance(cause, (OSError, SafetensorError)):
-            raise cause from error  # such as Ctrl-C, which the library wraps as well
-        raise OSError(f"checkpoint of step {progress.step} could not be written: {_one_line(cause)}") from error
-    dist.barrier()
-    return final
-
-
-def _commit(partial: Path, final: Path, progress: Progress, keep_last: int) -> None:
-    for file in partial.iterdir():
-        _sync(file)
-    replace_file(partial / "state.json", json.dumps(asdict(progress) | {"world": dist.get_world_size()}))
-    if final.exists():  # an earlier run was stopped between rename and pointer
-        shutil.rmtree(final)
-    os.rename(partial, final)
-    _sync(final.parent)
-    replace_file(final.parent / "latest", final.name + "\n")
-    complete = {int(p.name.removeprefix("step_")): p for p in written(final.parent)}
-    # a later step is what a kill left between its rename and its pointer: this run will write it again
-    kept = sorted(step for step in complete if step <= progress.step)[-keep_last:]
-    for step in complete.keys() - set(kept):
-        shutil.rmtree(complete[step])
-
-
-def _root_cause(error: BaseException) -> BaseException:
-    """The innermost reason: the checkpoint library wraps it in its own error."""
-    failures = getattr(error, "failures", None)
-    return next(iter(failures.values()))[0] if failures else error
-
-
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's text, short enough for a message."""
     return " ".join(str(error).split())[:300]
 
 
 def load(path: Path, model: TractModel, optimizer: torch.optim.Optimizer) -> Progress:
-    """Restore parameters and optimizer state in place from a checkpoint of this run; returns where it stood."""
-    _read(path, training_state(model, optimizer))
+    """Restore parameters and optimizer state in place from a checkpoint of this run; returns where it stood.
+
+    Every rank reads the rows that it holds, whatever number of ranks wrote them. Raises UserError where it is damaged.
+    """
+    stored = _stored(path)
+    try:
+        for name, tensor in training_state(model, optimizer).items():
+            stored.fill(name, tensor)
+    except (ValueError, SafetensorError) as error:
+        raise _damaged(path, error) from error
     return progress(path)
 
 
@@ -225,17 +184,21 @@ def progress(path: Path) -> Progress:
     return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
 
 
-def _read(path: Path, into: dict[str, Tensor], **options) -> None:
-    """Fill the tensors of ``into`` from a checkpoint. Raises UserError where it is damaged."""
+def _stored(path: Path) -> Stored:
+    """What a checkpoint holds. Raises UserError where it is damaged."""
+    world = json.loads((path / "state.json").read_text(encoding="utf-8"))["world"]
+    files = sorted(path.glob("rank_*.safetensors"))
+    if len(files) != world:
+        raise _damaged(path, f"{world} ranks wrote it and it has {len(files)} files")
     try:
-        dcp.load(into, storage_reader=HuggingFaceStorageReader(str(path)), **options)
-    except (SafetensorError, CheckpointException) as error:
+        return Stored(files)
+    except (ValueError, SafetensorError) as error:
         raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: BaseException) -> UserError:
+def _damaged(path: Path, error: BaseException | str) -> UserError:
     return UserError(
-        f"{path} is damaged ({_one_line(_root_cause(error))}): write the name of an earlier checkpoint into "
+        f"{path} is damaged ({one_line(error)}): write the name of an earlier checkpoint into "
         f"{path.parent / 'latest'}, if one is left"
     )
 
@@ -285,17 +248,11 @@ def _write_judge(run_dir: Path, source: Path, out: Path) -> None:
 
 def trained_weights(source: Path) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint, whole, on the CPU."""
+    stored = _stored(source)
     try:
-        stored = HuggingFaceStorageReader(str(source)).read_metadata().state_dict_metadata
+        return {name.removeprefix("model."): stored.whole(name) for name in stored.shapes if name.startswith("model.")}
     except SafetensorError as error:
         raise _damaged(source, error) from error
-    weights = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in stored.items()
-        if key.startswith("model.")
-    }
-    _read(source, weights, no_dist=True)
-    return {key.removeprefix("model."): value for key, value in weights.items()}
 
 
 def _load_weights(lm, weights: dict[str, Tensor]) -> set[str]:

@@ -17,8 +17,8 @@ from typing import Annotated
 
 import tyro
 
-from tract_fast import __version__, recipe as recipes
-from tract_fast.errors import RunStopped, UserError
+from tract_fast import __version__, launch, recipe as recipes
+from tract_fast.errors import PeerLost, RunStopped, UserError
 from tract_fast.recipe import Generate, Sampling
 
 PROG = "tract-fast"
@@ -43,10 +43,7 @@ def train(
         recipe: YAML file of settings; it needs at least model.path, data.train and run.dir.
         dry_run: Show the resolved recipe, the step plan, memory and one example token by token; train nothing.
     """
-    resolved = recipes.build(recipe, recipes.overrides(settings))
-    from tract_fast.train import run
-
-    return run(resolved, dry_run=dry_run)
+    return launch.train(recipes.build(recipe, recipes.overrides(settings)), dry_run=dry_run)
 
 
 def run(
@@ -376,7 +373,9 @@ def _meant(command: str) -> str:
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+    message = " ".join(str(error).splitlines())
+    if not launch.note(code, message, lost=isinstance(error, PeerLost)):  # a launcher tells it once, for all ranks
+        print("error:", message, file=sys.stderr)
     return code
 
 

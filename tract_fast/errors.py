@@ -15,3 +15,7 @@ class RunStopped(RuntimeError):
     The message says what happened, at which step, and how to go on. The command line prints it without a traceback
     and exits with code 1.
     """
+
+
+class PeerLost(RunStopped):
+    """Another rank has ended or does not answer; that one, not this, is what must be looked at."""

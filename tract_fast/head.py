@@ -55,7 +55,8 @@ class TractHead(nn.Linear):
     ):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        device = linear.weight.device
+        # of a model without storage yet, these keep theirs
+        device = "cpu" if linear.weight.is_meta else linear.weight.device
         self.register_buffer("score_token_ids", torch.tensor(scale.token_ids, device=device), persistent=False)
         values = torch.tensor(scale.values, dtype=torch.float32, device=device)
         self.register_buffer("score_values", values, persistent=False)

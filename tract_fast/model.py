@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tract_fast import attention
+from tract_fast import attention, weights
 from tract_fast.data.batch import Batch, attention_fields
 from tract_fast.data.scores import ScoreScale
 from tract_fast.data.tree import Layout, lay_out
@@ -194,6 +195,29 @@ def load_lm(model: Model, *, dtype: torch.dtype, attention_name: str, config=Non
     return lm
 
 
+def weight_files(model: Model) -> list[Path] | None:
+    """The safetensors files of a model that is not GGUF (of a hub name: fetched, or in the cache); None without."""
+    source = locate(model)
+    if "gguf_file" in source:
+        return None
+    folder = Path(source["pretrained_model_name_or_path"])
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            folder = Path(snapshot_download(str(folder), allow_patterns=["*.safetensors", "*.safetensors.index.json"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"model.path = {model.path}: the weights cannot be fetched: {reason}") from error
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else None
+
+
 def check_head(lm: nn.Module, tokenizer, path: str) -> None:
     """The head must be a plain linear layer whose rows are the tokenizer's tokens."""
     head = lm.get_output_embeddings()
@@ -256,33 +280,62 @@ def choose_attention(model: Model, config, device: torch.device) -> tuple[str, s
 
 
 def build(
-    recipe: Recipe, config, tokenizer, scale: ScoreScale, device: torch.device, say=print, *, share: bool = False
+    recipe: Recipe,
+    config,
+    tokenizer,
+    scale: ScoreScale,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+    place: Callable[[TractModel], None] = lambda model: None,
+    *,
+    share: bool = False,
 ) -> TractModel:
-    """The model to train, on ``device``, checked against transformers' own forward pass, not yet sharded.
+    """The model to train, on ``device``; packing is checked on a small model of the same configuration first.
 
-    With LoRA the frozen base is stored in ``model.dtype`` and the adapters in float32; without it every weight is a
-    float32 master. ``say`` receives one line per choice made here. ``share``: prompts will be shared; that is checked.
+    ``place`` shards the model while it has no storage; weights are then read into the shards. With LoRA the frozen base
+    is stored in ``model.dtype`` and the adapters in float32; without it every weight is a float32 master. ``say``
+    receives one line per choice made here. ``share``: prompts will be shared; that is checked.
     """
     dtype = DTYPES[recipe.model.dtype]
     name, reason = choose_attention(recipe.model, config, device)
     say(f"attention: {name} ({reason})")
     implementation, reason = choose_loss(recipe.loss, dtype, device, config)
     say(f"loss: {implementation} ({reason})")
+    attention.register()
     stored = dtype if recipe.lora.rank else torch.float32
-    lm = load_lm(recipe.model, dtype=stored, attention_name=name, config=config)
+    lm = weights.skeleton(recipe.model, config, stored, name)
     check_head(lm, tokenizer, recipe.model.path)
-    lm.to(device)
+    twin = weights.small_twin(recipe.model, config, stored, name, device)
     if device.type == "cuda":
         say(_apply_liger(lm, recipe.model.liger))
+        _apply_liger(twin, recipe.model.liger)
     softcap, logit_scale = logit_transform(config)
-    say(self_check(lm, dtype, name, softcap, logit_scale, share))
+    say(self_check(twin, dtype, name, softcap, logit_scale, share))
     if share:
         say(attention.check_alignment(name, device, dtype))
+    buffers = dict(twin.named_buffers())
+    del twin
     if recipe.lora.rank:
         add_lora(lm, recipe.lora, dtype, recipe.train.seed)
+    lm.set_output_embeddings(_head(lm.get_output_embeddings(), recipe, scale, softcap, logit_scale))
+    model = TractModel(lm)
+    checkpoint_activations(model, recipe.train.activation_checkpointing, keep_rng=recipe.lora.dropout > 0)
+    if recipe.train.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    place(model)
+    whole = lambda: load_lm(recipe.model, dtype=stored, attention_name=name, config=config)  # noqa: E731
+    where = torch.device("cpu") if recipe.shard.cpu_offload else device
+    weights.fill(lm, weight_files(recipe.model), whole, buffers, where, say)
+    if recipe.lora.rank:
+        weights.draw_adapters(lm, recipe.lora, recipe.train.seed)
+    return model
+
+
+def _head(linear: nn.Linear, recipe: Recipe, scale: ScoreScale, softcap: float | None, logit_scale: float) -> TractHead:
     loss = recipe.loss
-    head = TractHead(
-        lm.get_output_embeddings(),
+    return TractHead(
+        linear,
         scale,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -291,13 +344,6 @@ def build(
         eps=loss.eps,
         implementation=loss.implementation,
     )
-    lm.set_output_embeddings(head)
-    model = TractModel(lm)
-    checkpoint_activations(model, recipe.train.activation_checkpointing, keep_rng=recipe.lora.dropout > 0)
-    if recipe.train.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
-    return model
 
 
 def _apply_liger(lm: nn.Module, setting: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tract_fast import checkpoint, evaluate, generate, recipe as recipes, train
+from tract_fast import checkpoint, evaluate, generate, launch, recipe as recipes
 from tract_fast.checkpoint import replace_file
 from tract_fast.data import feedback
 from tract_fast.data.records import file_of
@@ -49,6 +49,8 @@ def run(recipe: Recipe, *, until: str | None = None, begin: str | None = None) -
             f"generate.backend = {recipe.generate.backend}: the judges of a run are new, so no server has them; write "
             "vllm, which is started with each, or use the command generate"
         )
+    if launch.joined():
+        raise UserError("run starts the ranks of its training by itself: give it once, with run.nproc, not to torchrun")
     if is_vllm(recipe.generate.backend):
         check_vllm()
     if recipe.stage2.train and recipe.data.rationale == "drop":
@@ -182,7 +184,7 @@ def _split(recipe: Recipe) -> tuple[list[feedback.Example], list[feedback.Exampl
 
 
 def _train(recipe: Recipe) -> int:
-    code = train.run(recipe)
+    code = launch.train(recipe)
     _free()
     if code == 0:
         print(f"written: {checkpoint.export(Path(recipe.run.dir))}")

@@ -25,6 +25,7 @@ from tract_fast.sections import (
     Run,
     Sampling,
     Score,
+    Shard,
     Stage2,
     Train,
     sampling_of,
@@ -32,7 +33,7 @@ from tract_fast.sections import (
 
 __all__ = [
     "FIELDS", "SECTIONS", "Checkpoint", "Data", "Evaluate", "Fault", "Generate", "Lora", "Loss", "Model", "Recipe",
-    "Run", "Sampling", "Score", "Stage2", "Train", "sampling_of",
+    "Run", "Sampling", "Score", "Shard", "Stage2", "Train", "sampling_of",
 ]  # fmt: skip
 
 # No `from __future__ import annotations` here: the fields' types are used as they stand.
@@ -48,6 +49,7 @@ class Recipe:
     score: Score = field(default_factory=Score)
     loss: Loss = field(default_factory=Loss)
     train: Train = field(default_factory=Train)
+    shard: Shard = field(default_factory=Shard)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     generate: Generate = field(default_factory=Generate)
     stage2: Stage2 = field(default_factory=Stage2)
@@ -64,6 +66,12 @@ class Recipe:
             )
         if self.train.eval_every is not None and self.data.eval is None and not self.data.holdout:
             found.append("train.eval_every has nothing to evaluate on: set data.eval or data.holdout")
+        every = self.train.eval_every
+        if self.checkpoint.keep_best and (every is None or self.checkpoint.every % every):
+            found.append(
+                f"checkpoint.keep_best = {self.checkpoint.keep_best}: only checkpoints at a step that is evaluated can "
+                "be the best; make checkpoint.every a multiple of train.eval_every"
+            )
         if self.lora.rank == 0 and replace(self.lora, rank=Lora.rank) != Lora():
             found.append("lora.rank = 0 is full fine-tuning: the other settings of lora have no effect")
         return found

@@ -10,6 +10,7 @@ from tract_fast.errors import UserError
 
 # No `from __future__ import annotations` here: the fields' types are used as they stand.
 
+LOWER_IS_BETTER = ("rmse", "mae", "ce")  # of checkpoint.metric
 Fault = Literal["no_score", "truncated", "repeated", "length", "disagree"]  # of a rationale: see generate.py
 
 
@@ -240,11 +241,34 @@ class Checkpoint:
     every: int = 500
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    keep_best: int = 0
+    """Checkpoints that are kept besides because their metric is the best; only steps that are evaluated have one."""
+    metric: Literal["pearson", "spearman", "kendall", "rmse", "mae", "ce"] = "rmse"
+    """On held-out examples, of keep_best; of rmse, mae and ce the lowest is the best."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """When one cannot be written, as on a full disk: stop the run, or go on without it (not without the last one)."""
 
     def __post_init__(self) -> None:
         _require(self.every > 0, "checkpoint.every", self.every, "must be above 0")
         _require(self.keep_last > 0, "checkpoint.keep_last", self.keep_last, "must be above 0")
+        _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must be 0 or more")
+        _check_choices(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """How the model is split over ranks (FSDP2); memory and speed only, not the result."""
+
+    replicate: int = 1
+    """Copies of the sharded model (HSDP): ranks form so many groups, each holds all of it. Such as the number of nodes."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward and gather them again in backward; false: faster, more memory."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and AdamW's state in host memory and run the optimizer there: slow, for lack of GPUs."""
+
+    def __post_init__(self) -> None:
+        _require(self.replicate > 0, "shard.replicate", self.replicate, "must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,12 +366,18 @@ class Run:
 
     dir: str
     """Folder for the run's metrics and checkpoints; a run that was stopped goes on from it."""
-    nproc: int = 1
-    """Local processes, one a GPU. Only 1 in this version."""
+    nproc: int | Literal["auto"] = 1
+    """Local processes, one a GPU; auto: as many as there are GPUs. Ranks that torchrun or Slurm started are joined."""
+    max_restarts: int = 0
+    """Times that processes started by nproc are started again from the last checkpoint after one of them died."""
+    timeout: int = 1800
+    """Seconds that a rank waits for another one before the run ends."""
     resume: Literal["auto", "never"] = "auto"
     """Go on from the newest checkpoint in dir, or refuse a dir that holds one."""
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir", repr(self.dir), "must name a folder")
-        _require(self.nproc == 1, "run.nproc", self.nproc, "must be 1: more processes are not in this version")
+        _require(self.nproc == "auto" or self.nproc > 0, "run.nproc", self.nproc, "must be above 0, or auto")
+        _require(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, "must be 0 or more")
+        _require(self.timeout > 0, "run.timeout", self.timeout, "must be above 0")
         _check_choices(self)

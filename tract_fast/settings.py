@@ -7,6 +7,7 @@ Nodes are read by the type of their setting and not by YAML 1.1's guesses, so ``
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
@@ -17,7 +18,7 @@ import sys
 import types
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
+from typing import Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from yaml import MappingNode, Node, ScalarNode, SequenceNode
@@ -63,6 +64,11 @@ OTHER_NAMES = {
     "train.trackers": "report_to log_with wandb_project use_wandb use_tensorboard metric_logger logger",
     "checkpoint.every": "save_steps save_strategy saves_per_epoch save_every_n_steps",
     "checkpoint.keep_last": "save_total_limit",
+    "checkpoint.keep_best": "load_best_model_at_end save_top_k",
+    "checkpoint.metric": "metric_for_best_model monitor greater_is_better",
+    "shard.replicate": "dp_replicate_size replicas hsdp",
+    "shard.reshard_after_forward": "fsdp_reshard_after_forward sharding_strategy",
+    "shard.cpu_offload": "offload_params fsdp_offload_params offload",
     "run.dir": "output_dir out_dir logging_dir run_name",
     "run.nproc": "nproc_per_node num_processes num_gpus world_size",
     "run.resume": "resume_from_checkpoint auto_resume_from_checkpoints overwrite_output_dir",
@@ -77,11 +83,12 @@ NO_SETTING = {  # names of settings that are not needed or not there: what to do
     "optim optimizer": "the optimizer is AdamW, set by train.betas, train.eps and train.weight_decay",
     "load_in_4bit load_in_8bit quantization_bit": "not in this version: base weights are bfloat16 or float32",
     "finetuning_type adapter use_peft peft": "lora.rank above 0 trains an adapter, lora.rank: 0 every weight",
-    "deepspeed fsdp fsdp_config": "leave it out; the loop shards by itself",
+    "deepspeed fsdp fsdp_config": "leave it out; the loop shards by itself, as the section shard says",
     "eval_batch_size per_device_eval_batch_size": "leave it out; evaluation is packed up to train.max_tokens too",
     "train_on_inputs completion_only_loss assistant_only_loss": "leave it out; prompts are never trained on",
     "stage do_train do_eval": "leave it out",
 }
+UNIONS = (types.UnionType, Union)  # int | None, and int | Literal["auto"]
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -265,12 +272,11 @@ def typed(key: str, given: Given, kind: Any) -> Any:
 
 def _convert(node: Node, kind: Any) -> Any:
     origin, args = get_origin(kind), get_args(kind)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         if types.NoneType in args and _is_null(node):
             return None
-        listed = isinstance(node, SequenceNode)
         for option in args:
-            if option is not types.NoneType and (get_origin(option) is tuple) == listed:
+            with contextlib.suppress(_Mismatch):
                 return _convert(node, option)
     elif origin is tuple and isinstance(node, SequenceNode):
         kinds = args[:1] * len(node.value) if args[-1] is Ellipsis else args
@@ -303,7 +309,7 @@ def _expected(kind: Any) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(args)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return " or ".join(_expected(a) for a in args)
     if origin is tuple:
         if args[-1] is not Ellipsis:
@@ -318,7 +324,7 @@ def metavar(kind: Any) -> str:
     origin, args = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "|".join(args)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return "|".join(metavar(a) for a in args)
     if origin is tuple:
         return f"[{', '.join('...' if a is Ellipsis else metavar(a) for a in args)}]"

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from tract_fast.errors import PeerLost, UserError
+from tract_fast.launch import Joined
 from tract_fast.model import TractModel
+from tract_fast.sections import Shard
+
+LINGER = 5.0  # seconds that a rank stays when it has lost another, so that its launcher sees that one first
 
 
 @dataclass(frozen=True)
@@ -28,56 +37,112 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    mesh: DeviceMesh
+    mesh: DeviceMesh  # ("shard",), or ("replicate", "shard")
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def local_device() -> torch.device:
+def local_device(local_rank: int = 0) -> torch.device:
     """The device of this process: its own CUDA device if there is one, else the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-    )
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @contextlib.contextmanager
-def start_ranks() -> Iterator[Ranks]:
-    """Join the process group of ``torchrun`` if there is one, else make a group of one; left at the end."""
-    device = local_device()
+def start_ranks(joined: Joined | None = None, *, replicate: int = 1, timeout: int = 1800) -> Iterator[Ranks]:
+    """Join the ranks that a launcher started, or with None make a group of one; left at the end.
+
+    ``replicate`` and ``timeout`` are ``shard.replicate`` and ``run.timeout``. Raises UserError where the ranks cannot
+    be split so, or a node has more ranks than GPUs.
+    """
+    if torch.cuda.is_available() and joined and joined.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"run.nproc: rank {joined.rank} is number {joined.local_rank} on its node, which has "
+            f"{torch.cuda.device_count()} GPUs: start one rank a GPU"
+        )
+    device = local_device(joined.local_rank if joined else 0)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(seconds=timeout)}
+    if joined:
+        dist.init_process_group(init_method="env://", **options)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
     try:
-        world = dist.get_world_size()
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-        yield Ranks(dist.get_rank(), world, device, mesh)
-    finally:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        yield Ranks(rank, world, device, make_mesh(device, world, replicate))
+    except PeerLost:
+        raise  # leaving in order would wait for who is gone
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    else:
+        dist.barrier()
         dist.destroy_process_group()
 
 
-def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype) -> None:
+def make_mesh(device: torch.device, world: int, replicate: int) -> DeviceMesh:
+    """All ranks in one dimension, or ``replicate`` groups of neighbours. Raises UserError where they are not even."""
+    if world % replicate:
+        raise UserError(f"shard.replicate = {replicate}: must divide the number of ranks, {world}")
+    if replicate == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard"))
+
+
+@contextlib.contextmanager
+def peers_watched(ranks: Ranks) -> Iterator[None]:
+    """Raise PeerLost where a call inside fails because another rank has ended, or has not answered for ``run.timeout``."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ranks.world == 1 or not (isinstance(error, dist.DistError) or "gloo/" in str(error)):
+            raise
+        reason = " ".join(str(error).split())[-200:]
+        time.sleep(LINGER)
+        raise PeerLost(f"another rank has ended or does not answer: {reason}") from error
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise UserError where the ranks do not see one ``run.dir``: checkpoints would be torn apart."""
+    token = folder / f".shared_{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
+    mark = torch.tensor([uuid.uuid4().int & (2**62 - 1)])
+    dist.broadcast(mark, 0)
+    if ranks.is_main:
+        token.write_text(str(mark.item()))
+    dist.barrier()
+    seen = torch.tensor([float(token.is_file() and token.read_text() == str(mark.item()))])
+    dist.all_reduce(seen)
+    if ranks.is_main:
+        token.unlink()
+    if int(seen.item()) != ranks.world:
+        raise UserError(
+            f"run.dir = {folder} is not the same folder on all nodes ({int(seen.item())} of {ranks.world} ranks see "
+            "what rank 0 writes): choose one on a file system that they share"
+        )
+
+
+def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype, settings: Shard) -> None:
     """Shard ``model`` in place: each block, the embedding, [norm, head] (with a tied embedding: all three), the rest.
 
     Weights are gathered in ``compute_dtype``, gradients reduced in float32. Forward inputs are not cast: score targets
-    and row weights must reach the head in float32.
+    and row weights must reach the head in float32. On a mesh of two dimensions the first holds replicas.
     """
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": mesh, "mp_policy": precision}
+    pin = mesh.device_type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=pin) if settings.cpu_offload else OffloadPolicy()
+    options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    blocks = {**options, "reshard_after_forward": settings.reshard_after_forward}
     for block in model.blocks:
-        fully_shard(block, **options)
+        fully_shard(block, **blocks)
     embedding = model.lm.get_input_embeddings()
     tail = [m for m in model.backbone.children() if "norm" in type(m).__name__.lower()] + [model.head]
     if model.head.weight is embedding.weight:
         tail.insert(0, embedding)
     else:
-        fully_shard(embedding, **options)
+        fully_shard(embedding, **blocks)
     fully_shard(tail, **options, reshard_after_forward=False)  # last in forward, first in backward
     fully_shard(model, **options)
     for module in model.modules():

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tract_fast import checkpoint, estimate, evaluate, log, model, optim, perf, recipe as recipes, shard, sharing
@@ -26,14 +27,24 @@ from tract_fast.checkpoint import Progress
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
 from tract_fast.errors import RunStopped, UserError
+from tract_fast.launch import STOPPED, Joined, follow_launcher
 from tract_fast.loss import SampledTractLoss, TractLoss
 from tract_fast.prepare import Prepared, prepare
 from tract_fast.recipe import Recipe
+from tract_fast.saver import Saver
 from tract_fast.shard import Ranks
 
 # settings a resumed run may change
-FREE_ON_RESUME = ("train.max_steps", "train.epochs", "checkpoint.", "generate.", "stage2.", "evaluate.", "run.")
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}  # 75: stopped from outside, saved, start again to go on
+FREE_ON_RESUME = (
+    "train.max_steps",
+    "train.epochs",
+    "checkpoint.",
+    "shard.",
+    "generate.",
+    "stage2.",
+    "evaluate.",
+    "run.",
+)
 
 
 @dataclass
@@ -53,14 +64,14 @@ class Job:
         return Path(self.recipe.run.dir)
 
 
-def run(recipe: Recipe, dry_run: bool = False) -> int:
+def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> int:
     """Train by a recipe, or with ``dry_run`` show what would be done; returns the process's exit code.
 
     Writes ``recipe.yaml``, ``metrics.jsonl``, ``left_out.jsonl`` and ``checkpoints/`` in ``run.dir``. One that
-    holds a checkpoint goes on from it. Raises UserError before any work where a setting cannot work, RunStopped where a
-    run cannot go on.
+    holds a checkpoint goes on from it. ``joined``: this process is one of several ranks, each of which calls it. Raises
+    UserError before any work where a setting cannot work, RunStopped where a run cannot go on.
     """
-    say = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
+    say = print if joined is None or joined.rank == 0 else lambda text: None
     for warning in recipe.warnings():
         say(f"warning: {warning}")
     log.check_trackers(recipe.train.trackers)
@@ -68,20 +79,28 @@ def run(recipe: Recipe, dry_run: bool = False) -> int:
     if dry_run:
         estimate.show(recipe, prepare(recipe, say), start)
         return 0
-    checkpoint.make_folder(Path(recipe.run.dir), "run.dir")
+    run_dir = Path(recipe.run.dir)
+    checkpoint.make_folder(run_dir, "run.dir")
+    if joined:
+        follow_launcher()
+        say(f"ranks: {joined.world}, started by {joined.by}")
+    data = prepare(recipe, say)  # before the ranks meet: none waits for another's tokenizer with a clock running
     with contextlib.ExitStack() as held:
-        ranks = held.enter_context(shard.start_ranks())
+        ranks = held.enter_context(
+            shard.start_ranks(joined, replicate=recipe.shard.replicate, timeout=recipe.run.timeout)
+        )
+        shard.check_shared(run_dir, ranks)
         if ranks.is_main:
-            held.enter_context(checkpoint.locked(Path(recipe.run.dir), "run.dir"))
+            held.enter_context(checkpoint.locked(run_dir, "run.dir"))
         say(f"device: {ranks.device}, rank {ranks.rank} of {ranks.world}, {torch.get_num_threads()} threads")
         if recipe.model.dtype == "bfloat16" and perf.slow_bfloat16(ranks.device):
             say("warning: model.dtype = bfloat16 is slow here (a CPU without 16-bit products): try float32")
-        data = prepare(recipe, say)
-        job = assemble(recipe, ranks, data, say)
-        done = restore(job, start, say)
-        if ranks.is_main:
-            open_run_dir(job, done)
-        return loop(job, done)
+        with shard.peers_watched(ranks):
+            job = assemble(recipe, ranks, data, say)
+            done = restore(job, agreed(start, run_dir, ranks), say)
+            if ranks.is_main:
+                open_run_dir(job, done)
+            return loop(job, done)
 
 
 def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], None]) -> Job:
@@ -91,8 +110,8 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
     shared = sharing.choose_sharing(recipe, data.config, attention_name, data.train, ranks.world)
     say(shared.line)
     share = shared.share is not None
-    built = model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, say, share=share)
-    shard.shard(built, ranks.mesh, dtype)
+    place = lambda built: shard.shard(built, ranks.mesh, dtype, recipe.shard)  # noqa: E731
+    built = model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, say, place, share=share)
     trained = built.trainable()
     count, whole = (sum(p.numel() for p in ps) for ps in (trained.values(), built.parameters()))
     say(
@@ -127,6 +146,13 @@ def resume_point(recipe: Recipe) -> Path | None:
     return found
 
 
+def agreed(start: Path | None, run_dir: Path, ranks: Ranks) -> Path | None:
+    """The main rank's ``start``: another node's view of the pointer may be older."""
+    step = torch.tensor([-1 if start is None else checkpoint.progress(start).step])
+    dist.broadcast(step, 0)
+    return None if step.item() < 0 else checkpoint.folder(run_dir) / f"step_{step.item():06d}"
+
+
 def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
     """Load the checkpoint ``start`` if there is one; returns how many steps are done."""
     if start is None:
@@ -149,12 +175,13 @@ def open_run_dir(job: Job, done: int) -> None:
     size = 3 * sum(p.numel() * p.element_size() for p in job.model.trainable().values())
     # the next one is written before an older one goes
     there = len(checkpoint.written(checkpoint.folder(job.run_dir)))
-    more = max(1, job.recipe.checkpoint.keep_last + 1 - there) if done < job.total else 0
+    settings = job.recipe.checkpoint
+    more = max(1, settings.keep_last + settings.keep_best + 1 - there) if done < job.total else 0
     free = shutil.disk_usage(job.run_dir).free
     if free < more * size:
         raise UserError(
             f"run.dir = {job.run_dir} has {free / 2**20:.0f} MiB free and needs {more * size / 2**20:.0f} MiB for "
-            f"{more} more checkpoints (checkpoint.keep_last and the one being written): free some space or choose "
+            f"{more} more checkpoints (checkpoint.keep_last, keep_best and the one being written): free some space or choose "
             "another run.dir"
         )
     checkpoint.replace_file(job.run_dir / "recipe.yaml", recipes.dump(job.recipe))
@@ -163,13 +190,13 @@ def open_run_dir(job: Job, done: int) -> None:
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM so that the loop can save and leave; a second SIGINT ends at once."""
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1 so that the loop can save and leave; a second SIGINT ends at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
 
     def __enter__(self) -> StopSignal:
-        self.before = {s: signal.signal(s, self._note) for s in EXIT_CODES}
+        self.before = {s: signal.signal(s, self._note) for s in STOPPED}
         return self
 
     def __exit__(self, *exc) -> None:
@@ -195,6 +222,7 @@ def loop(job: Job, done: int) -> int:
         log.RunLog(
             job.run_dir, total=job.total, done=done, device=ranks.device, trackers=trackers, loud=ranks.is_main
         ) as out,
+        Saver(job.run_dir, recipe.checkpoint) as saver,
     ):
         # a stop leaves an evaluation that is due to the next start; the main rank's file decides for all
         seen = ranks.is_main and log.has_evaluation(job.run_dir / "metrics.jsonl", done)
@@ -204,14 +232,20 @@ def loop(job: Job, done: int) -> int:
             out.say(f"nothing to do: {done} steps are done; raise train.max_steps or train.epochs to go on")
             return 0
         for step in range(done, job.total):
-            record = train_step(job, step, stop)
-            stopping = record.pop("stop")
+            record = train_step(job, step, stop, unsaved=saver.failed)
+            stopping, unsaved = record.pop("stop"), record.pop("unsaved")
             out.step(record)
             last = step + 1 == job.total
+            if unsaved:
+                settle(job, saver, out)
             if not stopping:
                 evaluate_if_due(job, step + 1, out)
             if last or stopping or (step + 1) % recipe.checkpoint.every == 0:
-                save(job, step + 1, out)
+                save(job, saver, step + 1, out)
+            if last or stopping:
+                settle(job, saver, out, must=True)
+            for line in saver.news():
+                out.say(line)
             if stopping:
                 out.say(f"stopped after step {step + 1} of {job.total}; the same command goes on from here")
                 return stopping
@@ -228,22 +262,34 @@ def evaluate_if_due(job: Job, done: int, out: log.RunLog) -> None:
         out.evaluation(done, evaluate.held_out_metrics(*what))
 
 
-def save(job: Job, step: int, out: log.RunLog) -> None:
-    """Write the checkpoint of ``step``; a disk that is full stops the run with what was saved before it whole."""
+def save(job: Job, saver: Saver, step: int, out: log.RunLog) -> None:
+    """Begin to write the checkpoint of ``step``, once the one before is whole."""
+    settle(job, saver, out)
+    settings, scores = job.recipe.checkpoint, {}
+    if settings.keep_best and job.ranks.is_main:
+        lines = log.read_metrics(job.run_dir / "metrics.jsonl")
+        scores = {line["step"]: line["eval"][settings.metric] for line in lines if "eval" in line}
     progress = Progress(step=step, fingerprint=job.data.fingerprint, template=job.data.template)
+    saver.start(job.model, job.optimizer, progress, scores)
+
+
+def settle(job: Job, saver: Saver, out: log.RunLog, must: bool = False) -> None:
+    """Wait for the checkpoint that is being written. Where it could not be (a full disk), what was saved before it is
+    whole: the run goes on without it or stops, as ``checkpoint.on_error`` says, and stops where it ``must`` be there."""
     try:
-        path = checkpoint.save(job.run_dir, job.model, job.optimizer, progress, job.recipe.checkpoint.keep_last)
+        saver.wait()
     except OSError as error:
         kept = checkpoint.latest(job.run_dir)
-        rest = (
-            f"{kept.name} is whole: free some space and give the same command" if kept else "nothing was saved before"
-        )
-        raise RunStopped(f"run.dir = {job.run_dir}: {error}; {rest}") from error
-    out.say(f"checkpoint: {path}")
+        rest = f"{kept.name} is whole" if kept else "nothing was saved before"
+        if must or job.recipe.checkpoint.on_error == "fail":
+            told = f"run.dir = {job.run_dir}: {error}; {rest}: free some space and give the same command"
+            raise RunStopped(told) from error
+        out.say(f"warning: {error}; {rest}, and training goes on (checkpoint.on_error)")
 
 
-def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
-    """One optimizer step; returns its metrics. Raises RunStopped before the update where something is not finite."""
+def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) -> dict[str, Any]:
+    """One optimizer step; returns its metrics, and whether any rank has got a signal or knows of an ``unsaved``
+    checkpoint. Raises RunStopped before the update where something is not finite."""
     started = time.perf_counter()
     recipe, ranks = job.recipe, job.ranks
     seed_step(recipe.train.seed, step, ranks.rank)
@@ -251,18 +297,20 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
     lr = optim.learning_rate(step, job.total, recipe.train)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
-    sums = torch.zeros(9, dtype=torch.float64, device=ranks.device)
-    for chosen in micro_batches:
+    sums = torch.zeros(10, dtype=torch.float64, device=ranks.device)
+    for left, chosen in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+        if recipe.lora.rank:  # adapters are small enough to hold their gradients until all can be reduced at once
+            job.model.set_requires_gradient_sync(left == 0)
         batch = collate(job, [examples[i] for i in chosen], norm).to(ranks.device)
         out = job.model(batch)
         out.loss.backward()
-        sums += tally(out, batch)
+        sums[:8] += tally(out, batch)
     trained = list(job.model.trainable().values())
     norm_of_gradient = shard.gradient_norm(trained)
-    sums[-1] = float(stop.received is not None)
+    sums[8], sums[9] = float(stop.received is not None), float(unsaved)
     shard.all_sum(sums)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
-    loss, nll, squared, absolute, mass, tokens, entries, added, stopping, grad_norm = torch.cat(
+    loss, nll, squared, absolute, mass, tokens, entries, added, stopping, missing, grad_norm = torch.cat(
         [sums, norm_of_gradient.double()[None]]
     ).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -288,7 +336,8 @@ def train_step(job: Job, step: int, stop: StopSignal) -> dict[str, Any]:
         "rows": rows,
         **sampled,
         "seconds": time.perf_counter() - started,
-        "stop": EXIT_CODES[stop.received or signal.SIGTERM] if stopping else 0,  # any rank's signal stops all
+        "stop": STOPPED[stop.received or signal.SIGTERM] if stopping else 0,  # any rank's signal stops all
+        "unsaved": missing > 0,
     }
 
 
@@ -321,15 +370,15 @@ def collate(job: Job, examples: list[Encoded], norm: batches.Normalizer) -> batc
 
 
 def tally(out: TractLoss | SampledTractLoss, batch: batches.Batch) -> Tensor:
-    """(9,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, tokens, entries of a
-    sampled gradient, its added variance times the rows, a free place."""
+    """(8,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, tokens, entries of a
+    sampled gradient, its added variance times the rows."""
     error = out.expected_score - batch.score_targets
     none = error.new_zeros(())
     parts = [out.loss.detach(), out.nll.sum(), error.square().sum(), error.abs().sum(), out.score_mass.sum()]
     parts.append(none + (batch.input_ids.shape[1] if len(batch.score_rows) else 0))  # an empty one is a stand-in
     drawn = isinstance(out, SampledTractLoss)
     parts += [out.entries.sum(), out.added_variance * len(out.nll)] if drawn else [none, none]
-    return torch.stack([p.double() for p in (*parts, none)])
+    return torch.stack([p.double() for p in parts])
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,0 +1,106 @@
+"""Work for two ranks: functions that a test gives to both at once, in one pair of processes for all of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tract_fast import optim, shard, train
+from tract_fast.data import batch as batches
+from tract_fast.launch import Joined
+from tract_fast.prepare import prepare
+from tract_fast.recipe import Recipe
+
+WORLD = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """``work(*arguments, joined)`` on both ranks; its result, or its error as text, is found under ``name``."""
+
+    name: str
+    work: Callable
+    arguments: tuple
+
+
+def on_two_ranks(tasks: Sequence[Task], folder: Path) -> dict[str, str]:
+    """Do all tasks in two processes; returns the traceback by name of those that failed."""
+    ports = [_free_port() for _ in tasks]
+    mp.spawn(_rank, (tasks, ports, folder), nprocs=WORLD)
+    return {task.name: text for task in tasks if (text := _failure(folder, task.name))}
+
+
+def _failure(folder: Path, name: str) -> str:
+    files = [folder / f"{name}.{rank}.error" for rank in range(WORLD)]
+    return "\n".join(file.read_text() for file in files if file.exists())
+
+
+def _rank(rank: int, tasks: Sequence[Task], ports: Sequence[int], folder: Path) -> None:
+    torch.set_num_threads(1)
+    for task, port in zip(tasks, ports, strict=True):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
+        try:
+            task.work(*task.arguments, joined=Joined(rank, rank, WORLD, "test"))
+        except Exception:
+            (folder / f"{task.name}.{rank}.error").write_text(traceback.format_exc())
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def trained_steps(recipe: Recipe, file: Path, steps: int = 4, *, joined: Joined | None = None) -> None:
+    """Losses, first gradients and final weights of some optimizer steps, as the loop takes them, into a file."""
+    with shard.start_ranks(joined, replicate=recipe.shard.replicate if joined else 1) as ranks:
+        job = train.assemble(recipe, ranks, prepare(recipe, lambda text: None), lambda text: None)
+        found: dict[str, Tensor] = {}
+        real, norms = optim.torch.optim.AdamW.step, []
+
+        def step(optimizer, *rest, **options):
+            if not norms:
+                found.update({f"grad.{n}": p.grad.full_tensor().cpu() for n, p in job.model.trainable().items()})
+            return real(optimizer, *rest, **options)
+
+        job.optimizer.step = step.__get__(job.optimizer)
+        for i in range(steps):
+            with train.StopSignal() as stop:
+                record = train.train_step(job, i, stop)
+            norms.append([record[key] for key in ("loss", "ce", "mse", "score_mass", "grad_norm")])
+        weights = {f"weight.{n}": p.full_tensor().detach().cpu() for n, p in job.model.trainable().items()}
+        if ranks.is_main:
+            found |= weights | {"records": torch.tensor(norms, dtype=torch.float64)}
+            save_file({name: value.clone().contiguous() for name, value in found.items()}, file)
+
+
+def run(recipe: Recipe, *, joined: Joined | None = None) -> None:
+    """A whole training run."""
+    assert train.run(recipe, joined=joined) == 0
+
+
+def scoreless_gradients(recipe: Recipe, file: Path, *, joined: Joined | None = None) -> None:
+    """Gradients of a step whose second half has rows and no score: the other rank's, or the second micro-batch."""
+    with shard.start_ranks(joined) as ranks:
+        data = prepare(recipe, lambda text: None)
+        job = train.assemble(recipe, ranks, data, lambda text: None)
+        norm = batches.normalizer(
+            data.train[:4], ce_weight=1.0, regression_weight=1.0, score_ce=True, ce_reduction="token"
+        )
+        scored, bare = (batches.collate(part, norm, score_ce=True) for part in (data.train[:2], data.train[2:4]))
+        empty = {name: getattr(bare, name)[:0] for name in ("score_rows", "score_targets", "score_weights")}
+        parts = [scored, replace(bare, **empty)]
+        for part in parts if joined is None else parts[joined.rank : joined.rank + 1]:
+            job.model(part).loss.backward()
+        found = {n: p.grad.full_tensor() for n, p in job.model.trainable().items()}
+        if ranks.is_main:
+            save_file(found, file)
