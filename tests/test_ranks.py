@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from tests.ranks import Task, on_two_ranks, run, scoreless_gradients, trained_steps
 from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import checkpoint, train
+from tract_fast.errors import UserError
 from tract_fast.shards import Stored
 
 LORA = {"lora__rank": 4, "train__lr": 0.02}
@@ -207,9 +208,9 @@ def test_a_checkpoint_that_lacks_a_ranks_file(pair):
     folder, _ = pair
     copy = shutil.copytree(folder / "plain-whole", folder / "torn")
     (checkpoint.latest(copy) / "rank_00001.safetensors").unlink()
-    with pytest.raises(Exception, match="2 ranks wrote it and it has 1 files"):
+    with pytest.raises(UserError, match="2 ranks wrote it and it has 1 files"):
         checkpoint.export(copy)
     state_file = checkpoint.latest(copy) / "state.json"
     state_file.write_text(json.dumps(json.loads(state_file.read_text()) | {"world": 1}))
-    with pytest.raises(Exception, match="rows of .* are missing"):
+    with pytest.raises(UserError, match=r"rows of .* are missing"):
         checkpoint.export(copy)

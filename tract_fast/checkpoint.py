@@ -1,9 +1,9 @@
 """What a checkpoint is, resuming from it, and export.
 
-A checkpoint is a folder ``run.dir/checkpoints/step_000500`` with what was trained and AdamW's state as safetensors, a file
-of rows per rank (``shards``), so that any number of ranks can read it, and ``state.json``. Nothing in it is unpickled.
-``saver`` writes it under a temporary name and renames it when complete; ``latest`` is replaced last: killed at any
-instant, the previous checkpoint is whole.
+A checkpoint is a folder ``run.dir/checkpoints/step_000500`` with what was trained and AdamW's state as safetensors, a
+file of rows per rank (``shards``), so that any number of ranks can read it, and ``state.json``. Nothing in it is
+unpickled. ``saver`` writes it under a temporary name and renames it when complete; ``latest`` is replaced last: killed
+at any instant, the previous checkpoint is whole.
 
 Random numbers need no state: each step seeds its generator from (seed, step, rank), and the data order is arithmetic.
 """

@@ -1,7 +1,8 @@
 """One process or many: start ranks through ``torch.distributed.run``, or join those that torchrun or Slurm started.
 
-The launcher stays beside its ranks: it hands signals on, starts them again where ``run.max_restarts`` allows it, and when
-one ends badly it tells which and why, once. A rank leaves a note of how it ended in a folder that the launcher names.
+The launcher stays beside its ranks: it hands signals on, starts them again where ``run.max_restarts`` allows it, and
+when one ends badly it tells which and why, once. A rank leaves a note of how it ended in a folder that the launcher
+names.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def joined(environment: Mapping[str, str] = os.environ) -> Joined | None:
 
 
 def slurm_endpoint(environment: Mapping[str, str]) -> tuple[str, int]:
-    """Where the ranks of a Slurm step meet: its first node, at a port that follows from the job, or what MASTER_ADDR and
-    MASTER_PORT say."""
+    """Where the ranks of a Slurm step meet: its first node, at a port that follows from the job, or what MASTER_ADDR
+    and MASTER_PORT say."""
     nodes = environment["SLURM_STEP_NODELIST"]
     first = re.match(r"([^,\[]*)(?:\[(\d+))?", nodes)
     port = 20_000 + int(environment.get("SLURM_JOB_ID", 0)) % 20_000
@@ -215,6 +216,6 @@ def verdict(ends: Mapping[int, tuple[int, int]], notes: Mapping[int, dict]) -> t
 
 
 def follow_launcher() -> None:
-    """Have the system send SIGTERM to this rank should its launcher die: it saves and leaves instead of going on alone."""
+    """Have the system send SIGTERM to this rank should its launcher die: it saves and leaves."""
     if NOTES in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))

@@ -261,9 +261,9 @@ class Shard:
     """How the model is split over ranks (FSDP2); memory and speed only, not the result."""
 
     replicate: int = 1
-    """Copies of the sharded model (HSDP): ranks form so many groups, each holds all of it. Such as the number of nodes."""
+    """Groups of ranks that each hold the whole model, sharded (HSDP), such as one a node; 1: one group (FSDP)."""
     reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward and gather them again in backward; false: faster, more memory."""
+    """Gather a block's weights again for backward; false keeps them from forward on: faster, more memory."""
     cpu_offload: bool = False
     """Keep weights, gradients and AdamW's state in host memory and run the optimizer there: slow, for lack of GPUs."""
 
@@ -377,7 +377,7 @@ class Run:
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir", repr(self.dir), "must name a folder")
-        _require(self.nproc == "auto" or self.nproc > 0, "run.nproc", self.nproc, "must be above 0, or auto")
+        _require(isinstance(self.nproc, str) or self.nproc > 0, "run.nproc", self.nproc, "must be above 0, or auto")
         _require(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, "must be 0 or more")
         _require(self.timeout > 0, "run.timeout", self.timeout, "must be above 0")
         _check_choices(self)

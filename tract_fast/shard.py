@@ -94,7 +94,7 @@ def make_mesh(device: torch.device, world: int, replicate: int) -> DeviceMesh:
 
 @contextlib.contextmanager
 def peers_watched(ranks: Ranks) -> Iterator[None]:
-    """Raise PeerLost where a call inside fails because another rank has ended, or has not answered for ``run.timeout``."""
+    """Raise PeerLost where a call inside fails because another rank has ended or not answered for ``run.timeout``."""
     try:
         yield
     except RuntimeError as error:

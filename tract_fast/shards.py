@@ -1,7 +1,7 @@
-"""Tensors that are split over ranks by rows, in safetensors: each rank writes its rows, any number of ranks reads them.
+"""Tensors that are split over ranks by rows, in safetensors: each rank writes its own, any number of ranks reads them.
 
-FSDP2 splits every parameter along its first dimension, so a rank's part is a range of rows. A file's metadata says where
-each range stands in the whole; a file without it (any model in Hugging Face form) holds whole tensors. Nothing is
+FSDP2 splits every parameter along its first dimension, so a rank's part is a range of rows. A file's metadata says
+where each range stands in the whole; a file without it (any model in Hugging Face form) holds whole tensors. Nothing is
 unpickled, and no communication is needed: a rank reads the rows it owns from whatever files hold them.
 """
 

@@ -181,8 +181,8 @@ def open_run_dir(job: Job, done: int) -> None:
     if free < more * size:
         raise UserError(
             f"run.dir = {job.run_dir} has {free / 2**20:.0f} MiB free and needs {more * size / 2**20:.0f} MiB for "
-            f"{more} more checkpoints (checkpoint.keep_last, keep_best and the one being written): free some space or choose "
-            "another run.dir"
+            f"{more} more checkpoints (checkpoint.keep_last, keep_best and the one being written): free some space or "
+            "choose another run.dir"
         )
     checkpoint.replace_file(job.run_dir / "recipe.yaml", recipes.dump(job.recipe))
     job.data.write_left_out(job.run_dir / "left_out.jsonl")
@@ -190,10 +190,11 @@ def open_run_dir(job: Job, done: int) -> None:
 
 
 class StopSignal:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1 so that the loop can save and leave; a second SIGINT ends at once."""
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1: the loop saves and leaves; a second SIGINT ends at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, loud: bool = True) -> None:
         self.received: signal.Signals | None = None
+        self.loud = loud
 
     def __enter__(self) -> StopSignal:
         self.before = {s: signal.signal(s, self._note) for s in STOPPED}
@@ -207,6 +208,8 @@ class StopSignal:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        if not self.loud:
+            return
         hint = b"; Ctrl-C again ends at once" if number == signal.SIGINT else b""
         # not print: a handler may interrupt one
         os.write(2, b"stopping after the next step, with a checkpoint" + hint + b"\n")
@@ -218,7 +221,7 @@ def loop(job: Job, done: int) -> int:
     names = recipe.train.trackers if ranks.is_main else ()
     trackers = [log.open_tracker(name, job.run_dir, recipes.as_dict(recipe), done) for name in names]
     with (
-        StopSignal() as stop,
+        StopSignal(loud=ranks.is_main) as stop,
         log.RunLog(
             job.run_dir, total=job.total, done=done, device=ranks.device, trackers=trackers, loud=ranks.is_main
         ) as out,
@@ -274,8 +277,9 @@ def save(job: Job, saver: Saver, step: int, out: log.RunLog) -> None:
 
 
 def settle(job: Job, saver: Saver, out: log.RunLog, must: bool = False) -> None:
-    """Wait for the checkpoint that is being written. Where it could not be (a full disk), what was saved before it is
-    whole: the run goes on without it or stops, as ``checkpoint.on_error`` says, and stops where it ``must`` be there."""
+    """Wait for the checkpoint that is being written. Where it could not be (a full disk), what was saved before is
+    whole: the run goes on or stops, as ``checkpoint.on_error`` says, and stops where the checkpoint ``must`` be there.
+    """
     try:
         saver.wait()
     except OSError as error:

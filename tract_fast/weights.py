@@ -5,8 +5,8 @@ from the safetensors files. Where the files do not have the model's names or sha
 rank 0 reads the whole model as transformers does and hands on one tensor at a time: slower, and said so.
 
 What the files do not hold is made here: buffers, such as rotary frequencies, come from a small model of the same
-configuration that is built with storage; adapters are drawn as peft draws them on one process, so that they do not depend
-on the number of ranks.
+configuration that is built with storage; adapters are drawn as peft draws them on one process, so that they do not
+depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _from_main(whole: Callable[[], nn.Module], targets: dict[str, Tensor]) -> No
 
 
 def draw_adapters(lm: nn.Module, lora: Lora, seed: int) -> None:
-    """Initialise the adapters of ``lm``, sharded or not: the numbers that peft draws for the whole model on one process.
+    """Initialise the adapters of ``lm``, sharded or not, with the numbers that peft draws for a model on one process.
 
     peft makes two linear layers for each module in turn, which draw their weights, then draws A again and sets B to
     zero. Every rank draws all of them, which are few, and keeps its rows.
