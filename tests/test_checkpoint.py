@@ -2,20 +2,26 @@
 
 import json
 import os
+import pickle
 import random
 import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.kills import killed_again_and_again
 from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import checkpoint, recipe as recipes, saver, train
 from tract_fast.errors import RunStopped, UserError
+from tract_fast.sections import Checkpoint
+
+RANK_0 = "rank_00000.safetensors"
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -63,6 +69,112 @@ def test_failed_write_keeps_the_previous_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert sorted(p.name for p in checkpoint.folder(tmp_path / "run").iterdir()) == ["latest", "step_000002"]
     assert train.run(recipe) == 0
+
+
+def test_a_failed_write_may_be_skipped(tmp_path, capsys):
+    """checkpoint.on_error: skip goes on, says so, and the last checkpoint is there."""
+    recipe = tiny_recipe(tmp_path, checkpoint__every=2, checkpoint__on_error="skip")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    taken = train.train_step
+
+    def room_again(job, i, stop, **options):
+        if i == 4:  # what was tried after step 4 has come to nothing by now
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        return taken(job, i, stop, **options)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    train.train_step = room_again
+    try:
+        assert train.run(recipe) == 0
+    finally:
+        train.train_step = taken
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    told = capsys.readouterr().out
+    assert "warning: checkpoint of step 2 could not be written" in told and "training goes on" in told
+    assert checkpoint.latest(tmp_path / "run").name == "step_000006"
+    assert not list(checkpoint.folder(tmp_path / "run").glob("*.tmp"))
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """Its write is held up until two more steps are done; what it holds is the state of its own step, bit for bit."""
+    write, step, go_on = saver.shards.write, train.train_step, threading.Event()
+
+    def held_up(*arguments):
+        assert go_on.wait(60)
+        return write(*arguments)
+
+    def stepping(job, i, stop, **options):
+        record = step(job, i, stop, **options)
+        if i == 3:  # steps 3 and 4 are done, and the checkpoint of step 2 is not
+            assert checkpoint.latest(tmp_path / "run") is None
+            go_on.set()
+        return record
+
+    settings = {"checkpoint__every": 2, "checkpoint__keep_last": 9}
+    monkeypatch.setattr(saver.shards, "write", held_up)
+    monkeypatch.setattr(train, "train_step", stepping)
+    assert train.run(tiny_recipe(tmp_path, **settings)) == 0
+    monkeypatch.undo()
+    assert train.run(tiny_recipe(tmp_path, "plain", **settings)) == 0
+    for name in ("step_000002", "step_000004", "step_000006"):
+        ours, theirs = (load_file(checkpoint.folder(tmp_path / r) / name / RANK_0) for r in ("run", "plain"))
+        assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_best_are_kept(tmp_path):
+    recipe = tiny_recipe(
+        tmp_path,
+        train__eval_every=1,
+        train__lr=0.2,
+        checkpoint__every=1,
+        checkpoint__keep_last=1,
+        checkpoint__keep_best=2,
+    )
+    assert train.run(recipe) == 0
+    scores = {line["step"]: line["eval"]["rmse"] for line in metrics(tmp_path / "run") if line.get("eval")}
+    best = sorted((step for step in scores if step), key=lambda step: (scores[step], -step))[:2]
+    kept = {int(p.name[-6:]) for p in checkpoint.written(checkpoint.folder(tmp_path / "run"))}
+    assert kept == {6, *best} and len(set(scores.values())) > 3
+
+
+@pytest.mark.parametrize(("metric", "best"), [("pearson", 2), ("rmse", 1)], ids=["higher is better", "lower is better"])
+def test_which_checkpoints_go(tmp_path, metric, best):
+    for step in (1, 2, 3, 4, 9):
+        (tmp_path / f"step_{step:06d}").mkdir()
+    settings = Checkpoint(keep_last=1, keep_best=1, metric=metric)
+    scores = {1: 0.1, 2: 0.9, 3: None, 9: 5.0}
+    gone = {int(p.name[-6:]) for p in saver.outdated(tmp_path, 4, settings, scores)}
+    assert gone == {1, 2, 3, 9} - {best}, "step 9 is of a run that was killed; a step without a value is no candidate"
+
+
+def test_nothing_in_a_checkpoint_is_run(tmp_path):
+    """A pickle in place of any file of it, or beside them, runs no code: it is refused, or not looked at."""
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=2)) == 0
+    good, trap = checkpoint.latest(tmp_path / "run"), tmp_path / "trap"
+
+    class Crafted:
+        def __reduce__(self):
+            return trap.touch, ()
+
+    pickled = pickle.dumps(Crafted())
+    pickle.loads(pickled)
+    assert trap.exists(), "the pickle must be one that would have run"
+    trap.unlink()
+    for name in (".metadata", "__0_0.distcp", "optimizer.pt", "rank_00000.pt"):
+        (good / name).write_bytes(pickled)
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=3)) == 0
+    for name in (RANK_0, "state.json"):
+        file = checkpoint.latest(tmp_path / "run") / name
+        whole = file.read_bytes()
+        file.write_bytes(pickled)
+        for use in (
+            lambda: train.run(tiny_recipe(tmp_path, train__max_steps=4)),
+            lambda: checkpoint.export(tmp_path / "run"),
+        ):
+            with pytest.raises(UserError, match="is damaged"):
+                use()
+        file.write_bytes(whole)
+    assert not trap.exists()
 
 
 def test_retention_after_a_kill_before_the_pointer(tmp_path):
@@ -180,8 +292,6 @@ def test_export_of_a_given_step(tmp_path):
         checkpoint.export(tmp_path / "run", step=3)
     with pytest.raises(UserError, match="holds no checkpoint to export"):
         checkpoint.export(tmp_path / "elsewhere")
-    from safetensors.torch import load_file
-
     early = load_file(checkpoint.export(tmp_path / "run", tmp_path / "early", step=2) / "model.safetensors")
     late = load_file(checkpoint.export(tmp_path / "run", tmp_path / "late") / "model.safetensors")
     assert not torch.equal(early["model.norm.weight"], late["model.norm.weight"])

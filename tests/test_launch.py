@@ -16,9 +16,8 @@ from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import checkpoint, launch, recipe as recipes, train
 
 START = [sys.executable, "-m", "tract_fast", "train"]
-ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "SLURM_", "MASTER_"))} | {
-    "OMP_NUM_THREADS": "1"
-}
+ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "SLURM_", "MASTER_"))}
+ALONE |= {"OMP_NUM_THREADS": "1"}
 
 
 def write(recipe, path):
@@ -35,8 +34,15 @@ def wait_for(recipe, steps, process, seconds=120):
     file = train.Path(recipe.run.dir) / "metrics.jsonl"
     until = time.monotonic() + seconds
     while not (file.exists() and file.read_text().count("\n") >= steps):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
-        time.sleep(0.05)
+        check(process, until)
+
+
+def check(process, until):
+    """Fail where a process has ended, or takes too long: it is ended then, and what it printed told."""
+    if process.poll() is None and time.monotonic() > until:
+        kill_all(tree(process.pid))
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.05)
 
 
 def whole(tmp_path, recipe):
@@ -104,8 +110,7 @@ def launch_children(process):
 def wait_for_others(process, before):
     until = time.monotonic() + 90
     while not (len(launch_children(process)) == 2 and not set(launch_children(process)) & set(before)):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
-        time.sleep(0.05)
+        check(process, until)
 
 
 def test_killed_at_random_instants_on_two_ranks(tmp_path):

@@ -154,7 +154,7 @@ def test_metrics_lines(tmp_path):
     steps = [line for line in lines if "eval" not in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     names = ["step", "loss", "ce", "mse", "score_mass", "score_mae", "lr", "grad_norm"]
-    names += ["tokens", "logical_tokens", "rows", "seconds"]
+    names += ["tokens", "logical_tokens", "rows", "samples", "seconds", "tflops", "memory"]
     assert all(list(line) == names for line in steps)
     held_out = [line for line in lines if "eval" in line]
     assert [line["step"] for line in held_out] == [0, 2, 4, 6]

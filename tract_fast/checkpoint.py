@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -177,16 +178,25 @@ def load(path: Path, model: TractModel, optimizer: torch.optim.Optimizer) -> Pro
 
 def progress(path: Path) -> Progress:
     """Where the run stood at a checkpoint."""
-    saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    saved = _state(path)
     lacking = [f.name for f in fields(Progress) if f.name not in saved]
     if lacking:
         raise UserError(f"{path / 'state.json'} lacks {', '.join(lacking)}: another version of tract_fast wrote it")
     return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
 
 
+def _state(path: Path) -> dict[str, Any]:
+    """What ``state.json`` says. Raises UserError where it is damaged."""
+    try:
+        found = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return found if isinstance(found, dict) else {}
+
+
 def _stored(path: Path) -> Stored:
     """What a checkpoint holds. Raises UserError where it is damaged."""
-    world = json.loads((path / "state.json").read_text(encoding="utf-8"))["world"]
+    world = _state(path).get("world")
     files = sorted(path.glob("rank_*.safetensors"))
     if len(files) != world:
         raise _damaged(path, f"{world} ranks wrote it and it has {len(files)} files")

@@ -87,9 +87,11 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Shari
     )
 
 
-def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
-    """Bytes by purpose on one rank of one, for the largest micro-batch."""
+def memory(recipe: Recipe, config, step: StepPlan, world: int = 1) -> dict[str, int]:
+    """Bytes by purpose on one rank of ``world``, for the largest micro-batch."""
     lm = _meta_model(recipe, config)
+    ways = max(1, world // recipe.shard.replicate)  # that weights and their state are split
+    host = recipe.shard.cpu_offload and local_device().type == "cuda"  # then they are not in the GPU's memory
     text = config.get_text_config()
     width = DTYPES[recipe.model.dtype].itemsize
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
@@ -111,15 +113,15 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
         per_token = blocks * (kept * between_blocks + (1 - kept) * in_block) + in_block
     # keys and values that shared prompts gather are kept in blocks that are not computed again, and in one that is
     gathering = blocks if every == "none" else 1 + (blocks * (1 - 1 / int(every)) if every.isdigit() else 0)
-    gathered = gathering * 2 * key_heads * head_dim * width * step.max_keys
+    shared_keys = gathering * 2 * key_heads * head_dim * width * step.max_keys
     device = local_device()
     implementation, _ = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, config)
-    masters = 4 * trained
-    activations = int(per_token * step.max_tokens + gathered)
+    masters = 0 if host else 4 * trained // ways
+    activations = int(per_token * step.max_tokens + shared_keys)
     parts = {
-        "frozen weights": frozen * width,
+        "frozen weights": 0 if host else frozen * width // ways,
         "trained weights (float32)": masters,
-        "trained weights gathered in the compute dtype": 0 if width == 4 else trained * width,
+        "weights gathered in the compute dtype": gathered(recipe, lm, width, ways),
         "gradients (float32)": masters,
         "AdamW state (float32)": 2 * masters,
         f"activations of {step.max_tokens} tokens": activations,
@@ -133,6 +135,20 @@ def memory(recipe: Recipe, config, step: StepPlan) -> dict[str, int]:
             "held by the allocator (CPU)": int(CPU_FRAGMENTATION * activations),
         }
     return parts
+
+
+def gathered(recipe: Recipe, lm: nn.Module, width: int, ways: int) -> int:
+    """Bytes of weights that a rank holds whole for the computation."""
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    if ways == 1 and not recipe.shard.cpu_offload:  # frozen weights, and any in float32, are used where they are
+        return 0 if width == 4 else trained * width
+    everything = sum(p.numel() for p in lm.parameters())
+    if not recipe.shard.reshard_after_forward:
+        return everything * width
+    # two blocks (one is computed, the next is on its way), the embedding and the head
+    blocks = max((m for m in lm.modules() if isinstance(m, nn.ModuleList)), key=len)
+    inside = sum(p.numel() for p in blocks.parameters())
+    return (2 * inside // len(blocks) + everything - inside) * width
 
 
 def lists_of(recipe: Recipe, lm: nn.Module) -> int:
@@ -177,8 +193,9 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
     console.print(recipes.dump(recipe), markup=False)
     device = local_device()
     name, reason = choose_attention(recipe.model, data.config, device)
-    sharing = choose_sharing(recipe, data.config, name, data.train, world=1)
-    step = plan(recipe, data.train, sharing=sharing)
+    world = recipe.run.nproc if isinstance(recipe.run.nproc, int) else max(1, torch.cuda.device_count())
+    sharing = choose_sharing(recipe, data.config, name, data.train, world)
+    step = plan(recipe, data.train, world, sharing)
     console.rule("plan")
     first, last = (optim.learning_rate(s, step.steps, recipe.train) for s in (0, step.steps - 1))
     loss, why = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, data.config)
@@ -194,9 +211,9 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
         f"{recipe.run.dir}: {f'goes on from {start.name}' if start else 'a new run'}",
         markup=False,
     )
-    console.rule("memory (estimate, one rank)")
+    console.rule(f"memory (estimate, one rank of {world})")
     table = Table("what", "MiB", box=None)
-    parts = memory(recipe, data.config, step)
+    parts = memory(recipe, data.config, step, world)
     for name, size in {**parts, "in all": sum(parts.values())}.items():
         table.add_row(name, f"{size / 2**20:,.0f}")
     console.print(table)

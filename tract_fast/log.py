@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
@@ -95,11 +94,9 @@ def _speed(record: dict[str, Any]) -> str:
 class RunLog:
     """The one place a run writes to. Only the main rank makes one that is ``loud``; the others write nothing."""
 
-    def __init__(
-        self, run_dir: Path, *, total: int, done: int, device: torch.device, trackers: list[Tracker], loud: bool
-    ):
+    def __init__(self, run_dir: Path, *, total: int, done: int, trackers: list[Tracker], loud: bool):
         self.console = Console(quiet=not loud, highlight=False, soft_wrap=True)
-        self.total, self.device, self.trackers = total, device, trackers
+        self.total, self.trackers = total, trackers
         self.recent: deque[float] = deque(maxlen=20)  # seconds of the last steps, for the time left
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if loud else None
         self.bar = None
@@ -137,8 +134,9 @@ class RunLog:
             f"loss {record['loss']:.4f}  ce {record['ce']:.4f}  mse {record['mse']:.3f}  "
             f"mass {record['score_mass']:.3f}  "
             f"mae {record['score_mae']:.3f}  lr {record['lr']:.2e}  |g| {record['grad_norm']:.2f}  "
-            f"{_speed(record)}  "
-            f"{perf.peak_memory(self.device) / 2**30:.1f} GiB"
+            f"{_speed(record)}  {record['samples'] / record['seconds']:.1f} samples/s  "
+            + (f"mfu {record['mfu']:.1%}  " if "mfu" in record else "")
+            + f"{record['memory']:.1f} GiB"
         )
         if self.bar:
             self.bar.update(self.task, completed=record["step"], now=now, description=f"{left} left")

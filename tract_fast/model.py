@@ -101,7 +101,7 @@ def _from_pretrained(auto_class, model: Model, what: str, **options):
         return auto_class.from_pretrained(**locate(model), trust_remote_code=model.trust_remote_code, **options)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, SafetensorError):
             reason += " (a .safetensors file is damaged or cut short: copy it again)"

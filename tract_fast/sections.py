@@ -370,6 +370,12 @@ class Run:
     """Local processes, one a GPU; auto: as many as there are GPUs. Ranks that torchrun or Slurm started are joined."""
     max_restarts: int = 0
     """Times that processes started by nproc are started again from the last checkpoint after one of them died."""
+    peak_tflops: float | None = None
+    """TFLOP/s of one device at its best, for the share of it that is used (mfu); null knows common GPUs."""
+    profile: int | None = None
+    """Record two steps from this one on with torch.profiler, into run.dir/profile; null records nothing."""
+    memory_snapshot: bool = False
+    """Record every allocation on a GPU, written to run.dir at the end and when memory runs out."""
     timeout: int = 1800
     """Seconds that a rank waits for another one before the run ends."""
     resume: Literal["auto", "never"] = "auto"
@@ -378,6 +384,9 @@ class Run:
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir", repr(self.dir), "must name a folder")
         _require(isinstance(self.nproc, str) or self.nproc > 0, "run.nproc", self.nproc, "must be above 0, or auto")
+        for name in ("peak_tflops", "profile"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"run.{name}", value, "must be above 0, or null")
         _require(self.max_restarts >= 0, "run.max_restarts", self.max_restarts, "must be 0 or more")
         _require(self.timeout > 0, "run.timeout", self.timeout, "must be above 0")
         _check_choices(self)

@@ -65,13 +65,15 @@ def start_ranks(joined: Joined | None = None, *, replicate: int = 1, timeout: in
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
-    options = {"backend": "cpu:gloo,cuda:nccl" if cuda else "gloo", "timeout": timedelta(seconds=timeout)}
+    store, rank, world = dist.HashStore(), 0, 1
+    wait = timedelta(seconds=timeout)
     if joined:
-        dist.init_process_group(init_method="env://", **options)
-    else:
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1, **options)
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun hands ranks that it starts again the same store, in which the addresses of the dead ones still stand
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     try:
-        rank, world = dist.get_rank(), dist.get_world_size()
         yield Ranks(rank, world, device, make_mesh(device, world, replicate))
     except PeerLost:
         raise  # leaving in order would wait for who is gone

@@ -22,7 +22,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tract_fast import checkpoint, estimate, evaluate, log, model, optim, perf, recipe as recipes, shard, sharing
+from tract_fast import (
+    checkpoint,
+    estimate,
+    evaluate,
+    log,
+    memory,
+    model,
+    optim,
+    perf,
+    recipe as recipes,
+    shard,
+    sharing,
+)
 from tract_fast.checkpoint import Progress
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
@@ -58,10 +70,17 @@ class Job:
     optimizer: torch.optim.Optimizer
     total: int  # optimizer steps of the whole run
     sharing: sharing.Sharing
+    work: perf.Work | None  # what the model multiplies; None: not known for this architecture
+    peak: float | None  # FLOP/s of a device at its best
 
     @property
     def run_dir(self) -> Path:
         return Path(self.recipe.run.dir)
+
+    def memory_watched(self, doing: str) -> contextlib.AbstractContextManager:
+        """Tell what is held and what would help where memory runs out inside."""
+        data, world = self.data, self.ranks.world
+        return memory.watched(self.recipe, data.config, data.train, world, self.model, self.optimizer, doing)
 
 
 def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> int:
@@ -123,7 +142,13 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
     total = batches.total_steps(
         len(data.train), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
     )
-    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, shared)
+    work = perf.work_of(built.blocks, built.head, data.config)
+    peak, source = perf.peak_flops(ranks.device, recipe.run.peak_tflops)
+    if work is None:
+        say("mfu: not known for this architecture, whose blocks hold weights outside of linear layers")
+    else:
+        say(f"mfu: of {peak / 1e12:.0f} TFLOP/s a device ({source})" if peak else f"mfu: not shown ({source})")
+    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, shared, work, peak)
 
 
 def resume_point(recipe: Recipe) -> Path | None:
@@ -222,10 +247,10 @@ def loop(job: Job, done: int) -> int:
     trackers = [log.open_tracker(name, job.run_dir, recipes.as_dict(recipe), done) for name in names]
     with (
         StopSignal(loud=ranks.is_main) as stop,
-        log.RunLog(
-            job.run_dir, total=job.total, done=done, device=ranks.device, trackers=trackers, loud=ranks.is_main
-        ) as out,
+        log.RunLog(job.run_dir, total=job.total, done=done, trackers=trackers, loud=ranks.is_main) as out,
         Saver(job.run_dir, recipe.checkpoint) as saver,
+        perf.profiled(recipe.run.profile, done, job.run_dir / "profile", ranks.rank) as profile,
+        memory.recorded(recipe.run.memory_snapshot, ranks.device, job.run_dir),
     ):
         # a stop leaves an evaluation that is due to the next start; the main rank's file decides for all
         seen = ranks.is_main and log.has_evaluation(job.run_dir / "metrics.jsonl", done)
@@ -235,8 +260,11 @@ def loop(job: Job, done: int) -> int:
             out.say(f"nothing to do: {done} steps are done; raise train.max_steps or train.epochs to go on")
             return 0
         for step in range(done, job.total):
-            record = train_step(job, step, stop, unsaved=saver.failed)
+            with job.memory_watched(f"at step {step + 1}"):
+                record = train_step(job, step, stop, unsaved=saver.failed)
             stopping, unsaved = record.pop("stop"), record.pop("unsaved")
+            if profile:
+                profile.step()
             out.step(record)
             last = step + 1 == job.total
             if unsaved:
@@ -301,20 +329,23 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
     lr = optim.learning_rate(step, job.total, recipe.train)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
-    sums = torch.zeros(10, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(11, dtype=torch.float64, device=ranks.device)
     for left, chosen in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
         if recipe.lora.rank:  # adapters are small enough to hold their gradients until all can be reduced at once
             job.model.set_requires_gradient_sync(left == 0)
-        batch = collate(job, [examples[i] for i in chosen], norm).to(ranks.device)
+        batch = collate(job, [examples[i] for i in chosen], norm)
+        if job.work and chosen:
+            sums[8] += job.work.flops(*segments(batch), len(batch.rows))
+        batch = batch.to(ranks.device)
         out = job.model(batch)
         out.loss.backward()
         sums[:8] += tally(out, batch)
     trained = list(job.model.trainable().values())
     norm_of_gradient = shard.gradient_norm(trained)
-    sums[8], sums[9] = float(stop.received is not None), float(unsaved)
+    sums[9], sums[10] = float(stop.received is not None), float(unsaved)
     shard.all_sum(sums)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
-    loss, nll, squared, absolute, mass, tokens, entries, added, stopping, missing, grad_norm = torch.cat(
+    loss, nll, squared, absolute, mass, tokens, entries, added, flops, stopping, missing, grad_norm = torch.cat(
         [sums, norm_of_gradient.double()[None]]
     ).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -325,6 +356,7 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
     job.optimizer.zero_grad()
     ce_tokens = sum(batches.ce_tokens(e, recipe.loss.score_ce) for e in examples)
     rows = sum(len(e.ids) - e.prompt_len for e in examples)
+    seconds = time.perf_counter() - started
     sampled = {"entries": entries / rows, "added_variance": added / rows} if recipe.loss.gradient == "sampled" else {}
     return {
         "step": step + 1,
@@ -338,11 +370,27 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
         "tokens": int(tokens),
         "logical_tokens": sum(len(e.ids) for e in examples),
         "rows": rows,
+        "samples": len(examples),
         **sampled,
-        "seconds": time.perf_counter() - started,
+        "seconds": seconds,
+        **speed(job, flops, seconds),
         "stop": STOPPED[stop.received or signal.SIGTERM] if stopping else 0,  # any rank's signal stops all
         "unsaved": missing > 0,
     }
+
+
+def speed(job: Job, flops: float, seconds: float) -> dict[str, float]:
+    """TFLOP/s of each device, the share of its peak that this is (mfu), and peak memory in GiB, on the main rank."""
+    found = {}
+    if job.work:
+        achieved = flops / seconds / job.ranks.world
+        found = {"tflops": achieved / 1e12} | ({"mfu": achieved / job.peak} if job.peak else {})
+    return found | {"memory": perf.peak_memory(job.ranks.device) / 2**30}
+
+
+def segments(batch: batches.Batch) -> tuple[list[int], list[int]]:
+    """(queries, keys) of each segment of a micro-batch that is on the CPU."""
+    return batch.cu_seq_lens_q.diff().tolist(), batch.cu_seq_lens_k.diff().tolist()
 
 
 def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batches.Normalizer]:

@@ -1,0 +1,78 @@
+"""Memory that really runs out: one message that says what was held and what would help."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.tiny_runs import tiny_recipe, write_data
+from tract_fast import memory, recipe as recipes
+from tract_fast.prepare import prepare
+
+RUN = """
+import resource, sys
+import torch
+from tract_fast import launch, recipe, train, memory, saver, evaluate, log
+from tract_fast.cli import main
+torch.set_num_threads(1)
+torch.randn(300, 300) @ torch.randn(300, 300)
+import transformers.models.llama.modeling_llama
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + int(sys.argv[1]), now + int(sys.argv[1])))
+sys.exit(main(["train", sys.argv[2]]))
+"""
+
+
+def big(tmp_path, **changes):
+    """A step that holds hundreds of megabytes: all logits of 1200 examples."""
+    write_data(tmp_path / "data.jsonl", n=2000)
+    settings = {"train__batch": 1200, "train__max_tokens": 100_000, "loss__implementation": "reference"}
+    return tiny_recipe(tmp_path, data__holdout=0.0, **settings, **changes)
+
+
+def test_out_of_memory(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(recipes.dump(big(tmp_path)))
+    done = subprocess.run([sys.executable, "-c", RUN, str(500 * 2**20), str(path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(r"out of memory at step 1 \(.*allocate.*\); held: weights 0.00 GiB, gradients", line), line
+    order = [line.index(s) for s in ("train.activation_checkpointing full (about", "train.max_tokens", "loss.implem")]
+    assert order == sorted(order) and re.search(r"about \d\.\d\d of \d\.\d\d GiB less", line)
+
+
+def test_remedies_are_real(tmp_path):
+    """Each is a setting, saves memory by the estimate, and those that change the result come last."""
+    recipe = big(tmp_path)
+    data = prepare(recipe, lambda text: None)
+    longest = max(len(e.ids) for e in data.train)
+    before = memory.total(recipe, data.config, data.train, 1)
+    for _, changed, ranks in memory.changes(recipe, longest, 1):
+        assert memory.total(changed, data.config, data.train, ranks) <= before
+    names = [setting.split()[0] for setting, *_ in memory.changes(recipe, longest, 1)]
+    assert names[0] == "train.activation_checkpointing" and names[-1] == "lora.rank"
+    assert all(name in recipes.FIELDS for name in names if "." in name)
+
+
+def test_sharding_divides_weights_and_state(tmp_path):
+    from tract_fast import estimate
+
+    recipe = tiny_recipe(tmp_path, shard__replicate=2)
+    data = prepare(recipe, lambda text: None)
+    parts = {w: estimate.memory(recipe, data.config, estimate.plan(recipe, data.train, w), w) for w in (1, 8)}
+    assert parts[8]["AdamW state (float32)"] * 4 == parts[1]["AdamW state (float32)"]
+    assert parts[8]["weights gathered in the compute dtype"] > parts[1]["weights gathered in the compute dtype"] == 0
+
+
+@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x")])
+def test_other_errors_pass(tmp_path, error):
+    recipe = tiny_recipe(tmp_path)
+    data = prepare(recipe, lambda text: None)
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
+    with (
+        pytest.raises(type(error), match=str(error)),
+        memory.watched(recipe, data.config, data.train, 1, torch.nn.Linear(2, 2), optimizer, "here"),
+    ):
+        raise error

@@ -1,0 +1,139 @@
+"""Memory that has run out: what was held, and what would help, with numbers; and what CUDA's allocator did."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tract_fast import estimate, perf
+from tract_fast.data.prompt import Encoded
+from tract_fast.errors import RunStopped
+from tract_fast.model import choose_attention
+from tract_fast.recipe import Recipe
+from tract_fast.shard import local_device
+from tract_fast.sharing import choose_sharing
+
+GIB = 2**30
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error is that of memory: CUDA's allocator, PyTorch's on a CPU, or Python's."""
+    told = str(error)
+    no_memory = "can't allocate memory" in told or "Cannot allocate memory" in told
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and no_memory)
+
+
+@contextlib.contextmanager
+def watched(
+    recipe: Recipe, config, examples: Sequence[Encoded], world: int, model: nn.Module, optimizer, doing: str
+) -> Iterator[None]:
+    """Raise RunStopped where memory runs out inside, with what was held and the settings that would help, in order."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        asked = " ".join(str(error).split())[:160]
+        held = ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in holdings(model, optimizer).items())
+        told = [f"out of memory {doing} ({asked}); held: {held}"]
+        told += [write_snapshot(Path(recipe.run.dir))] if recipe.run.memory_snapshot else []
+        raise RunStopped("; ".join([*told, remedies(recipe, config, examples, world)])) from error
+
+
+def holdings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes on this rank by purpose; of a CUDA device also all that is allocated, of a CPU what the process has had."""
+    parameters = list(model.parameters())
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    found = {
+        "weights": _bytes(parameters),
+        "gradients": _bytes(p.grad for p in parameters if p.grad is not None),
+        "AdamW state": _bytes(states),
+    }
+    device = next((p.device for p in parameters), torch.device("cpu"))
+    if device.type == "cuda":
+        found["activations and the rest"] = torch.cuda.memory_allocated(device) - sum(found.values())
+        found["kept by the allocator"] = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    else:
+        found["the process at its peak"] = perf.peak_memory(device)
+    return found
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    local = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
+    return sum(t.numel() * t.element_size() for t in local)
+
+
+def remedies(recipe: Recipe, config, examples: Sequence[Encoded], world: int) -> str:
+    """The settings that lower the estimate, those first that leave the result as it is, each with what it saves."""
+    now = total(recipe, config, examples, world)
+    lines = []
+    for setting, changed, ranks in changes(recipe, max(len(e.ids) for e in examples), world):
+        saved = now - total(changed, config, examples, ranks)
+        if saved > 0.01 * now:
+            lines.append(f"{setting} (about {saved / GIB:.2f} of {now / GIB:.2f} GiB less)")
+    return (
+        f"what would help, in this order: {', '.join(lines)}" if lines else "no setting would help much: a larger GPU"
+    )
+
+
+def changes(recipe: Recipe, longest: int, world: int) -> Iterator[tuple[str, Recipe, int]]:
+    """(setting to write, the recipe with it, ranks): what to try, in order."""
+    train, split = recipe.train, recipe.shard
+
+    def changed(section: str, **values) -> Recipe:
+        return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
+
+    if train.activation_checkpointing != "full":
+        yield "train.activation_checkpointing full", changed("train", activation_checkpointing="full"), world
+    if train.max_tokens > longest:
+        yield f"train.max_tokens {longest}", changed("train", max_tokens=longest), world
+    if recipe.loss.implementation == "reference":
+        yield "loss.implementation auto", changed("loss", implementation="auto"), world
+    if not split.reshard_after_forward and world > 1:
+        yield "shard.reshard_after_forward true", changed("shard", reshard_after_forward=True), world
+    if split.replicate > 1:
+        yield "shard.replicate 1", changed("shard", replicate=1), world
+    yield f"{2 * world} ranks (run.nproc, or more nodes)", recipe, 2 * world
+    if not split.cpu_offload and torch.cuda.is_available():
+        yield "shard.cpu_offload true", changed("shard", cpu_offload=True), world
+    if recipe.lora.rank == 0:
+        yield "lora.rank 8 (adapters instead of all weights)", changed("lora", rank=8), world
+
+
+def total(recipe: Recipe, config, examples: Sequence[Encoded], world: int) -> int:
+    """The estimate of a rank's memory in bytes (``estimate.memory``)."""
+    attention_name, _ = choose_attention(recipe.model, config, local_device())
+    sharing = choose_sharing(recipe, config, attention_name, examples, world)
+    step = estimate.plan(recipe, examples, world, sharing)
+    return sum(estimate.memory(recipe, config, step, world).values())
+
+
+@contextlib.contextmanager
+def recorded(asked: bool, device: torch.device, folder: Path) -> Iterator[None]:
+    """Record every allocation on a CUDA device (``run.memory_snapshot``) and write them at the end."""
+    if not asked or device.type != "cuda":
+        if asked:
+            print("run.memory_snapshot: nothing is recorded, the allocations of a CPU are not kept by PyTorch")
+        yield
+        return
+    torch.cuda.memory._record_memory_history(max_entries=200_000)  # PyTorch documents it under this name
+    try:
+        yield
+        print(write_snapshot(folder))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def write_snapshot(folder: Path) -> str:
+    """Write what ``recorded`` has kept, for pytorch.org/memory_viz; returns a line that says where."""
+    if not torch.cuda.is_available():
+        return "no memory snapshot: this is a CPU"
+    path = folder / f"memory_{torch.cuda.current_device()}.pickle"
+    torch.cuda.memory._dump_snapshot(str(path))
+    return f"memory snapshot: {path}"
