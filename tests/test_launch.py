@@ -157,7 +157,7 @@ def test_two_nodes_meet(tmp_path):
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "7"]
     nodes += ["--rdzv-endpoint", f"localhost:{_free_port()}"]
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "tract_fast", "train"]
-    both = [start(recipe, tmp_path / "r.yaml", "--nproc", "8", command=command) for _ in range(2)]
+    both = [start(recipe, tmp_path / "r.yaml", "--run.nproc", "8", command=command) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     assert sum("ranks: 2, started by torchrun" in printed for printed, _ in ends) == 1

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tract_fast import recipe as recipes
 from tract_fast.errors import UserError
@@ -219,3 +219,29 @@ def follow_launcher() -> None:
     """Have the system send SIGTERM to this rank should its launcher die: it saves and leaves."""
     if NOTES in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+class StopSignal:
+    """Remembers the first SIGINT, SIGTERM or SIGUSR1: the loop saves and leaves; a second SIGINT ends at once."""
+
+    def __init__(self, loud: bool = True) -> None:
+        self.received: signal.Signals | None = None
+        self.loud = loud
+
+    def __enter__(self) -> StopSignal:
+        self.before = {s: signal.signal(s, self._note) for s in STOPPED}
+        return self
+
+    def __exit__(self, *exc) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is signal.SIGINT and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        if not self.loud:
+            return
+        hint = b"; Ctrl-C again ends at once" if number == signal.SIGINT else b""
+        # not print: a handler may interrupt one
+        os.write(2, b"stopping after the next step, with a checkpoint" + hint + b"\n")

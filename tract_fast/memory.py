@@ -46,21 +46,21 @@ def watched(
         raise RunStopped("; ".join([*told, remedies(recipe, config, examples, world)])) from error
 
 
-def holdings(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def holdings(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
     """Bytes on this rank by purpose; of a CUDA device also all that is allocated, of a CPU what the process has had."""
     parameters = list(model.parameters())
-    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    states = optimizer.state.values() if optimizer else ()
     found = {
         "weights": _bytes(parameters),
         "gradients": _bytes(p.grad for p in parameters if p.grad is not None),
-        "AdamW state": _bytes(states),
+        "AdamW state": _bytes(v for state in states for v in state.values() if isinstance(v, Tensor)),
     }
-    device = next((p.device for p in parameters), torch.device("cpu"))
-    if device.type == "cuda":
-        found["activations and the rest"] = torch.cuda.memory_allocated(device) - sum(found.values())
-        found["kept by the allocator"] = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if torch.cuda.is_available():
+        on_device = sum(found.values()) if all(p.is_cuda for p in parameters) else 0  # else offloaded
+        found["activations and the rest"] = torch.cuda.memory_allocated() - on_device
+        found["kept by the allocator"] = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     else:
-        found["the process at its peak"] = perf.peak_memory(device)
+        found["the process at its peak"] = perf.peak_memory(torch.device("cpu"))
     return found
 
 

@@ -24,6 +24,7 @@ from tract_fast.errors import UserError
 from tract_fast.head import TractHead, choose_loss
 from tract_fast.loss import TractLoss
 from tract_fast.recipe import Lora, Model, Recipe
+from tract_fast.recompute import checkpoint_activations
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # what packed attention computes
@@ -319,7 +320,7 @@ def build(
         add_lora(lm, recipe.lora, dtype, recipe.train.seed)
     lm.set_output_embeddings(_head(lm.get_output_embeddings(), recipe, scale, softcap, logit_scale))
     model = TractModel(lm)
-    checkpoint_activations(model, recipe.train.activation_checkpointing, keep_rng=recipe.lora.dropout > 0)
+    checkpoint_activations(lm, model.blocks, recipe.train.activation_checkpointing, keep_rng=recipe.lora.dropout > 0)
     if recipe.train.compile:
         for block in model.blocks:
             block.compile(dynamic=True)
@@ -432,35 +433,3 @@ def bare_batch(documents: list[Tensor], layout: Layout | None = None) -> Batch:
         score_weights=none,
     )
     return batch.to(documents[0].device)
-
-
-def checkpoint_activations(model: TractModel, setting: str, *, keep_rng: bool) -> None:
-    """Recompute activations in backward: of every block (``full``), of every k-th (a number), or only what is cheap to
-    recompute in every block (``selective``: products and attention are kept). ``keep_rng`` when dropout is on."""
-    if setting == "none":
-        return
-    options = {"use_reentrant": False, "preserve_rng_state": keep_rng}
-    if setting == "selective":
-        options["context_fn"] = _keep_products
-    # renamed in transformers 5.2x; the old name goes in 6
-    enable = getattr(model.lm, "activation_checkpointing_enable", model.lm.gradient_checkpointing_enable)
-    enable(options)
-    every = int(setting) if setting.isdigit() else 1
-    for i, block in enumerate(model.blocks):
-        block.gradient_checkpointing = i % every == 0
-
-
-def _keep_products():
-    from torch.utils.checkpoint import create_selective_checkpoint_contexts
-
-    aten = torch.ops.aten
-    kept = [
-        aten.mm.default,
-        aten.addmm.default,
-        aten._scaled_dot_product_flash_attention.default,
-        aten._scaled_dot_product_flash_attention_for_cpu.default,
-        aten._scaled_dot_product_efficient_attention.default,
-    ]
-    if hasattr(torch.ops, "torch_attn") and hasattr(torch.ops.torch_attn, "_varlen_attn"):
-        kept.append(torch.ops.torch_attn._varlen_attn.default)
-    return create_selective_checkpoint_contexts(kept)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 import signal
 import time
@@ -39,7 +38,7 @@ from tract_fast.checkpoint import Progress
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
 from tract_fast.errors import RunStopped, UserError
-from tract_fast.launch import STOPPED, Joined, follow_launcher
+from tract_fast.launch import STOPPED, Joined, StopSignal, follow_launcher
 from tract_fast.loss import SampledTractLoss, TractLoss
 from tract_fast.prepare import Prepared, prepare
 from tract_fast.recipe import Recipe
@@ -115,7 +114,9 @@ def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> 
         if recipe.model.dtype == "bfloat16" and perf.slow_bfloat16(ranks.device):
             say("warning: model.dtype = bfloat16 is slow here (a CPU without 16-bit products): try float32")
         with shard.peers_watched(ranks):
-            job = assemble(recipe, ranks, data, say)
+            nothing_yet = (torch.nn.Module(), None, "while the model was loaded")
+            with memory.watched(recipe, data.config, data.train, ranks.world, *nothing_yet):
+                job = assemble(recipe, ranks, data, say)
             done = restore(job, agreed(start, run_dir, ranks), say)
             if ranks.is_main:
                 open_run_dir(job, done)
@@ -214,32 +215,6 @@ def open_run_dir(job: Job, done: int) -> None:
     log.keep_until(job.run_dir / "metrics.jsonl", done if done else -1)
 
 
-class StopSignal:
-    """Remembers the first SIGINT, SIGTERM or SIGUSR1: the loop saves and leaves; a second SIGINT ends at once."""
-
-    def __init__(self, loud: bool = True) -> None:
-        self.received: signal.Signals | None = None
-        self.loud = loud
-
-    def __enter__(self) -> StopSignal:
-        self.before = {s: signal.signal(s, self._note) for s in STOPPED}
-        return self
-
-    def __exit__(self, *exc) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received is signal.SIGINT and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        if not self.loud:
-            return
-        hint = b"; Ctrl-C again ends at once" if number == signal.SIGINT else b""
-        # not print: a handler may interrupt one
-        os.write(2, b"stopping after the next step, with a checkpoint" + hint + b"\n")
-
-
 def loop(job: Job, done: int) -> int:
     """Steps ``done`` to the end, with evaluations and checkpoints on the way; returns the exit code."""
     recipe, ranks = job.recipe, job.ranks
@@ -290,7 +265,9 @@ def evaluate_if_due(job: Job, done: int, out: log.RunLog) -> None:
     if job.data.held_out and (done in (0, job.total) or (every and done % every == 0)):
         out.evaluating(len(job.data.held_out))
         what = job.model, job.data.held_out, job.recipe, job.ranks, job.sharing.share
-        out.evaluation(done, evaluate.held_out_metrics(*what))
+        with job.memory_watched(f"in the evaluation after step {done}"):
+            found = evaluate.held_out_metrics(*what)
+        out.evaluation(done, found)
 
 
 def save(job: Job, saver: Saver, step: int, out: log.RunLog) -> None:
