@@ -2,7 +2,7 @@
 
     python benchmarks/stop.py recipes/demo.yaml [--steps 3] [--setting value ...]
 
-Starts ``tract-fast train`` on the recipe in a new folder, sends SIGTERM some steps later at a random moment of a step, and
+Starts ``tract-fast train`` on the recipe in a new folder, sends SIGTERM some steps later at a random moment, and
 prints the times, the size of the checkpoint and how long training was held by one.
 """
 
