@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from tract_fast import optim, shard, train
 from tract_fast.data import batch as batches
+from tract_fast.errors import UserError
 from tract_fast.launch import Joined
 from tract_fast.prepare import prepare
 from tract_fast.recipe import Recipe
@@ -86,6 +88,12 @@ def trained_steps(recipe: Recipe, file: Path, steps: int = 4, *, joined: Joined 
 def run(recipe: Recipe, *, joined: Joined | None = None) -> None:
     """A whole training run."""
     assert train.run(recipe, joined=joined) == 0
+
+
+def run_apart(*recipes: Recipe, joined: Joined) -> None:
+    """A run whose ranks have folders of their own must be refused on all of them."""
+    with pytest.raises(UserError, match=r"run.dir = .* is not the same folder on all nodes \(1 of 2 ranks"):
+        train.run(recipes[joined.rank], joined=joined)
 
 
 def scoreless_gradients(recipe: Recipe, file: Path, *, joined: Joined | None = None) -> None:

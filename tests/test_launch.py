@@ -137,6 +137,21 @@ def killed_on_two_ranks(tmp_path, most, steps):
     return kills
 
 
+@pytest.mark.soak
+def test_a_rank_that_hangs(tmp_path):
+    """Stopped in place of a kernel that never ends: the others wait for run.timeout, and all are gone soon after."""
+    recipe = tiny_recipe(tmp_path, train__max_steps=5000, run__timeout=10)
+    process = start(recipe, tmp_path / "r.yaml", "--nproc", "2")
+    wait_for(recipe, 10, process)
+    ranks = launch_children(process)
+    os.kill(ranks[1], signal.SIGSTOP)
+    began = time.monotonic()
+    _, told = process.communicate(timeout=120)
+    print(f"all ended {time.monotonic() - began:.0f} s after a rank hung")
+    assert process.returncode == 1 and all(map(gone, ranks))
+    assert "error: rank 0: another rank has ended or does not answer" in told
+
+
 def test_an_error_is_told_once(tmp_path):
     """Both ranks meet it; the launcher says it, with its exit code, and no traceback."""
     recipe = tiny_recipe(tmp_path, train__max_steps=3, train__lr=1e30, train__clip=None)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tests.ranks import Task, on_two_ranks, run, scoreless_gradients, trained_steps
-from tests.tiny_runs import metrics, tiny_recipe
+from tests.ranks import Task, on_two_ranks, run, run_apart, scoreless_gradients, trained_steps
+from tests.tiny_runs import metrics, save_model, tiny_recipe
 from tract_fast import checkpoint, train
 from tract_fast.errors import UserError
 from tract_fast.shards import Stored
@@ -39,7 +39,9 @@ CASES = {  # settings of a run, and how near two ranks must come to one (relativ
     "bfloat16-lora": ({"model__dtype": "bfloat16", **LORA}, 0.06),
 }
 EXACT = {"loss__gradient": "sampled", "loss__eps": 2.0**-20}  # nearly every entry is certain
-RUN = {"train__max_steps": 8, "checkpoint__every": 4, "train__eval_every": 4, "train__schedule": "constant"}
+# 18 examples are 4 steps of 5, 5, 5 and 3: each half ends with an epoch
+RUN = {"train__max_steps": 8, "train__batch": 5, "checkpoint__every": 4, "train__eval_every": 4}
+RUN |= {"train__schedule": "constant"}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,10 @@ def pair(tmp_path_factory):
     ]
     tasks += [Task("sampled", trained_steps, (tiny_recipe(folder, **EXACT), folder / "sampled.two"))]
     tasks += [Task("scoreless", scoreless_gradients, (tiny_recipe(folder), folder / "scoreless.two"))]
+    renamed(folder / "renamed")
+    whole = tiny_recipe(folder, model__path=str(folder / "renamed"), **LORA)
+    tasks += [Task("read-by-one", trained_steps, (whole, folder / "read-by-one.two"))]
+    tasks += [Task("apart", run_apart, tuple(tiny_recipe(folder, f"apart-{i}") for i in range(2)))]
     half = {**RUN, "train__max_steps": 4}
     for name, more in (
         ("plain", {}),
@@ -72,6 +78,12 @@ def pair(tmp_path_factory):
     middle = tiny_recipe(folder, "two-one-two", **{**RUN, "train__max_steps": 6})
     assert "two-one-two" in failed or train.run(middle) == 0
     return folder, failed
+
+
+def renamed(folder):
+    """A model whose file has the names of the bare backbone, which transformers renames while it loads."""
+    file = save_model(folder) / "model.safetensors"
+    save_file({k.removeprefix("model."): v for k, v in load_file(file).items()}, file, {"format": "pt"})
 
 
 def results(pair, name, reference=None, work=trained_steps, **settings):
@@ -105,6 +117,29 @@ def test_a_sampled_gradient_on_two_ranks(pair):
     for key in one:
         if key.startswith("grad."):
             assert error(two[key], one[key]) < 1e-3, key
+
+
+def test_a_model_that_one_rank_reads_for_all(pair):
+    """As a GGUF file is: handed on tensor by tensor, adapters the same."""
+    two, one = results(pair, "read-by-one", **LORA)
+    assert all(error(two[key], one[key]) < 1e-5 for key in one if key.startswith("weight."))
+    assert error(two["records"], one["records"]) < 1e-5
+
+
+def test_a_run_dir_that_ranks_do_not_share_is_refused(pair):
+    folder, failed = pair
+    assert "apart" not in failed, failed["apart"]
+    assert not (folder / "apart-0" / "metrics.jsonl").exists()
+
+
+@pytest.mark.soak
+def test_compiled_blocks_on_two_ranks(tmp_path):
+    recipe = tiny_recipe(tmp_path, train__compile=True)
+    failed = on_two_ranks([Task("compiled", trained_steps, (recipe, tmp_path / "two"))], tmp_path)
+    assert not failed, failed
+    trained_steps(tiny_recipe(tmp_path), tmp_path / "one")
+    two, one = load_file(tmp_path / "two"), load_file(tmp_path / "one")
+    assert all(error(two[key], one[key]) < 1e-4 for key in one)
 
 
 def test_a_rank_without_a_score(pair):
