@@ -316,6 +316,9 @@ def build(
         say(attention.check_alignment(name, device, dtype))
     buffers = dict(twin.named_buffers())
     del twin
+    if device.type == "cuda":  # the twin is gone: neither its memory nor its peak counts
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     if recipe.lora.rank:
         add_lora(lm, recipe.lora, dtype, recipe.train.seed)
     lm.set_output_embeddings(_head(lm.get_output_embeddings(), recipe, scale, softcap, logit_scale))
@@ -326,8 +329,7 @@ def build(
             block.compile(dynamic=True)
     place(model)
     whole = lambda: load_lm(recipe.model, dtype=stored, attention_name=name, config=config)  # noqa: E731
-    where = torch.device("cpu") if recipe.shard.cpu_offload else device
-    weights.fill(lm, weight_files(recipe.model), whole, buffers, where, say)
+    weights.fill(lm, weight_files(recipe.model), whole, buffers, device, say, offload=recipe.shard.cpu_offload)
     if recipe.lora.rank:
         weights.draw_adapters(lm, recipe.lora, recipe.train.seed)
     return model

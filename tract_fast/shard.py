@@ -109,13 +109,13 @@ def peers_watched(ranks: Ranks) -> Iterator[None]:
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
     """Raise UserError where the ranks do not see one ``run.dir``: checkpoints would be torn apart."""
-    token = folder / f".shared_{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
     mark = torch.tensor([uuid.uuid4().int & (2**62 - 1)])
     dist.broadcast(mark, 0)
+    token = folder / f".shared_{mark.item()}"  # its name is all: a full disk is told of by another check
     if ranks.is_main:
-        token.write_text(str(mark.item()))
+        token.touch()
     dist.barrier()
-    seen = torch.tensor([float(token.is_file() and token.read_text() == str(mark.item()))])
+    seen = torch.tensor([float(token.is_file())])
     dist.all_reduce(seen)
     if ranks.is_main:
         token.unlink()

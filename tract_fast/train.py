@@ -323,7 +323,7 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
     shard.all_sum(sums)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
     loss, nll, squared, absolute, mass, tokens, entries, added, flops, stopping, missing, grad_norm = torch.cat(
-        [sums, norm_of_gradient.double()[None]]
+        [sums, norm_of_gradient.to(sums)[None]]
     ).tolist()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise_not_finite(step, loss, grad_norm, examples)

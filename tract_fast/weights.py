@@ -73,15 +73,17 @@ def fill(
     buffers: Buffers,
     device: torch.device,
     say: Callable[[str], None],
+    *,
+    offload: bool = False,
 ) -> None:
     """Give ``lm``, sharded or not, storage on ``device`` and its pretrained weights; adapters are left undefined.
 
     ``files``: safetensors, or None where there are none; ``whole`` loads the model as transformers does, on the CPU; a
     tensor of ``buffers`` has the name that it has in ``lm``, or in one of its first layers. Buffers that have storage
-    keep their values.
+    keep their values. With ``offload`` parameters are on the CPU, and buffers on ``device`` still.
     """
     kept = {name: b.detach().clone() for name, b in lm.named_buffers() if not b.is_meta}
-    _give_storage(lm, device)
+    _give_storage(lm, torch.device("cpu") if offload else device)
     targets = {name.replace(".base_layer", ""): t for name, t in _tensors(lm) if name not in kept}
     obstacle = "there are no safetensors files"
     if files:
@@ -105,6 +107,9 @@ def fill(
     here = dict(lm.named_buffers())
     for name, value in kept.items():
         here[name].copy_(value)
+    for module in lm.modules():
+        for name, value in module.named_buffers(recurse=False):
+            setattr(module, name, value.to(device))
 
 
 def _give_storage(lm: nn.Module, device: torch.device) -> None:
