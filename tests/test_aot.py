@@ -9,11 +9,13 @@ from benchmarks import aot
 
 def compiled_here(case) -> bool:
     """``python -m benchmarks.aot`` compiles the rest, which takes minutes."""
-    kernel, _, dtype, constants, _, _ = case
+    kernel, _, dtype, constants, _, odd = case
     bias, cap, vocab = (constants.get(name) for name in ("HAS_BIAS", "SOFTCAP", "VOCAB"))
-    sampled = kernel.__name__ in ("draw_kernel", "settle_kernel")
-    some = constants.get("MAY_BE_LONG", True) and constants.get("NEED_DX", True)
-    return bias == cap and dtype != "fp16" and (not sampled or (vocab == bias and some))
+    if bias != cap or dtype == "fp16":
+        return False
+    if kernel.__name__ in ("draw_kernel", "settle_kernel", "place_kernel", "weight_kernel"):
+        return odd and vocab == bias and constants.get("MAY_BE_LONG", True) and constants.get("NEED_DX", True)
+    return True
 
 
 CASES = [case for case in aot.cases() if compiled_here(case)]

@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.ranks import Task, on_two_ranks, run, run_apart, scoreless_gradients, trained_steps
-from tests.tiny_runs import metrics, save_model, tiny_recipe
+from tests.tiny_runs import metrics, save_model, tiny_recipe, write_data
 from tract_fast import checkpoint, train
+from tract_fast.attention import DOCUMENTS
 from tract_fast.errors import UserError
+from tract_fast.prepare import prepare
 from tract_fast.shards import Stored
+from tract_fast.sharing import choose_sharing
 
 LORA = {"lora__rank": 4, "train__lr": 0.02}
 CASES = {  # settings of a run, and how near two ranks must come to one (relative)
@@ -57,6 +60,8 @@ def pair(tmp_path_factory):
     renamed(folder / "renamed")
     whole = tiny_recipe(folder, model__path=str(folder / "renamed"), **LORA)
     tasks += [Task("read-by-one", trained_steps, (whole, folder / "read-by-one.two"))]
+    several = tiny_recipe(folder, data__train=str(thrice(folder)), train__batch=7)
+    tasks += [Task("shared-prompts", trained_steps, (several, folder / "shared-prompts.two"))]
     tasks += [Task("apart", run_apart, tuple(tiny_recipe(folder, f"apart-{i}") for i in range(2)))]
     half = {**RUN, "train__max_steps": 4}
     for name, more in (
@@ -84,6 +89,18 @@ def renamed(folder):
     """A model whose file has the names of the bare backbone, which transformers renames while it loads."""
     file = save_model(folder) / "model.safetensors"
     save_file({k.removeprefix("model."): v for k, v in load_file(file).items()}, file, {"format": "pt"})
+
+
+def thrice(folder):
+    """Data in which every prompt has three judgements."""
+    records = [json.loads(line) for line in write_data(folder / "once.jsonl").read_text().splitlines()]
+    path = folder / "thrice.jsonl"
+    path.write_text(
+        "".join(
+            json.dumps(r | {"score": score, "question": r["prompt"]}) + "\n" for r in records for score in (1, 3, 5)
+        )
+    )
+    return path
 
 
 def results(pair, name, reference=None, work=trained_steps, **settings):
@@ -124,6 +141,18 @@ def test_a_model_that_one_rank_reads_for_all(pair):
     two, one = results(pair, "read-by-one", **LORA)
     assert all(error(two[key], one[key]) < 1e-5 for key in one if key.startswith("weight."))
     assert error(two["records"], one["records"]) < 1e-5
+
+
+def test_shared_prompts_on_two_ranks(pair):
+    """Sharing does happen, and two ranks compute what one does."""
+    folder, _ = pair
+    settings = {"data__train": str(folder / "thrice.jsonl"), "train__batch": 7}
+    data = prepare(tiny_recipe(folder, **settings), lambda text: None)
+    found = choose_sharing(tiny_recipe(folder, **settings), data.config, DOCUMENTS, data.train, 2)
+    assert found.share == "prompts", found.line
+    # the order is by prompt where prompts are shared: the one rank shares too, in micro-batches of its own
+    two, one = results(pair, "shared-prompts", **settings)
+    assert all(error(two[key], one[key]) < 1e-5 for key in one)
 
 
 def test_a_run_dir_that_ranks_do_not_share_is_refused(pair):
