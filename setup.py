@@ -15,6 +15,16 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+
+class FreshBuild(build_py):
+    """Packs what is there: a module that an earlier build left in build/ would be packed, too."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -74,7 +84,7 @@ setup(
     packages=[*find_packages(include=["tract_fast", "tract_fast.*"]), "tract_fast.recipes"],
     package_dir={"tract_fast.recipes": "recipes"},
     ext_modules=[Extension("tract_fast._native", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_py": FreshBuild, "build_ext": CMakeBuild},
     package_data={"tract_fast.data": ["demo.jsonl"], "tract_fast.recipes": ["*.yaml"]},
     install_requires=[
         "torch>=2.11",

@@ -54,3 +54,12 @@ def test_required_and_not_possible_is_an_error(tmp_path):
     assert done.returncode != 0
     assert "no torch in" in done.stderr
     assert not library.exists()
+
+
+def test_a_module_of_an_earlier_build_is_not_packed(tmp_path):
+    left = tmp_path / "tract_fast" / "long_gone.py"
+    left.parent.mkdir()
+    left.touch()
+    subprocess.run([sys.executable, "setup.py", "build_py", "--build-lib", tmp_path], cwd=ROOT, check=True)
+    assert (tmp_path / "tract_fast" / "train.py").exists()
+    assert not left.exists()

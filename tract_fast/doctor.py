@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 
 import torch
@@ -99,9 +98,10 @@ def run() -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        row_pass = describe_row_pass(device)
-    except RuntimeError as error:  # TRACT_FAST_CPU
-        raise UserError(f"TRACT_FAST_CPU = {os.environ.get('TRACT_FAST_CPU')}: {native.REFUSED}") from error
+        native.check_variant()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    row_pass = describe_row_pass(device)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, version in versions().items():
         table.add_row(name, version)

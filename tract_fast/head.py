@@ -14,7 +14,7 @@ from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
 from tract_fast.errors import UserError
 from tract_fast.gather import gather_rows
-from tract_fast.loss import TractLoss, linear_tract_loss
+from tract_fast.loss import TractLoss, linear_tract_loss, native
 from tract_fast.loss.choice import choose
 from tract_fast.loss.sampled import language
 from tract_fast.sections import Loss
@@ -23,6 +23,10 @@ from tract_fast.sections import Loss
 def choose_loss(loss: Loss, dtype: torch.dtype, device: torch.device, config) -> tuple[str, str]:
     """(implementation of the loss that a run takes, reason). Raises UserError where the setting cannot work."""
     text = config.get_text_config()
+    try:
+        native.check_variant()
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if loss.gradient == "sampled":
         kind = language(device.type, dtype)
         return "chunked", f"sampled gradient, in {kind}{': slower than exact' if kind == 'PyTorch' else ''}"

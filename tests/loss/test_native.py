@@ -177,6 +177,12 @@ def test_other_operators_refuse_too():
             torch.ops.tract_fast.scratch(torch.zeros(1), rows_, columns)
 
 
+def test_a_variant_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setenv("TRACT_FAST_CPU", "AVX2")
+    with pytest.raises(ValueError, match="TRACT_FAST_CPU = AVX2: must be portable, or avx2"):
+        linear_tract_loss(**tensors(problem(seed=1), torch.float32), implementation="chunked")
+
+
 def test_library_of_another_version_is_told(monkeypatch):
     monkeypatch.setattr(native, "ABI", -1)
     native.missing.cache_clear()

@@ -7,6 +7,7 @@ a variant.
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from pathlib import Path
 
@@ -27,8 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 def missing() -> str | None:
     """Why the library is not there, with the remedy; None where it is. Loads it."""
     remedy = (
-        "install the package again with a C++ compiler and torch there: pip install --force-reinstall --no-deps . "
-        "(with --no-build-isolation where torch is not found)"
+        "install the package again with a C++ compiler and torch there, TRACT_FAST_SKIP_EXT unset: make install in a "
+        "checkout, else pip install --force-reinstall --no-deps . (with --no-build-isolation where torch is not found)"
     )
     if not LIBRARY.exists():
         return f"the native CPU kernels are not built; {remedy}"
@@ -53,7 +54,18 @@ def runs(dtype: torch.dtype) -> bool:
     if reason := missing():
         warn(reason)
         return False
+    check_variant()
     return True
+
+
+def check_variant() -> None:
+    """Raise ValueError where ``TRACT_FAST_CPU`` names a variant that is not there."""
+    if missing():
+        return
+    try:
+        variant()
+    except RuntimeError as error:
+        raise ValueError(f"TRACT_FAST_CPU = {os.environ.get('TRACT_FAST_CPU')}: {REFUSED}") from error
 
 
 @functools.cache  # once a process; Python's own "once" is forgotten whenever a library changes the filters
