@@ -6,8 +6,8 @@
     done; done
     python -m benchmarks.sampled_training RUNS [--out DIR]
 
-Reads ``metrics.jsonl`` of every run in RUNS named so. Prints the held-out measures at the end of each run and, per seed,
-how far the two gradients' curves lie apart beside how far seeds do; writes sampled-training.json and .png.
+Reads ``metrics.jsonl`` of every run in RUNS named so. Prints the held-out measures at the end of each run, and how far
+the two gradients of a seed lie apart beside how far seeds do; writes sampled-training.json and .png.
 """
 
 from __future__ import annotations
