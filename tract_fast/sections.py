@@ -383,7 +383,10 @@ class Run:
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir", repr(self.dir), "must name a folder")
-        _require(isinstance(self.nproc, str) or self.nproc > 0, "run.nproc", self.nproc, "must be above 0, or auto")
+        if isinstance(self.nproc, str):
+            _require(self.nproc == "auto", "run.nproc", self.nproc, "must be auto, or a number of processes above 0")
+        else:
+            _require(self.nproc > 0, "run.nproc", self.nproc, "must be above 0, or auto")
         for name in ("peak_tflops", "profile"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"run.{name}", value, "must be above 0, or null")
