@@ -26,7 +26,7 @@ from tract_fast.model import DTYPES, add_lora, choose_attention
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
 from tract_fast.shard import local_device
-from tract_fast.sharing import Sharing, choose_sharing
+from tract_fast.sharing import Sharing, choose_sharing, plan_step
 
 CPU_PROCESS = 450 * 2**20  # Python, torch, transformers, tokenizer, data: measured
 CPU_FRAGMENTATION = 0.75  # of the activations, held by malloc beside them: measured with the demo
@@ -57,16 +57,7 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Shari
     )
     micro, tokens, rows, keys, counts = [], [], [], [0], []
     for step in range(min(steps, PLANNED_STEPS)):
-        members, packed = batches.plan_step(
-            examples,
-            batch=settings.batch,
-            max_tokens=settings.max_tokens,
-            seed=settings.seed,
-            step=step,
-            shuffle=settings.shuffle,
-            world=world,
-            groups=sharing.groups,
-        )
+        members, packed = plan_step(settings, examples, sharing.groups, step, world)
         parts = [[members[i] for i in part] for rank in packed for part in rank if part]
         micro.append(len(parts))
         layouts = [batches.layout_of(part, share=sharing.share) for part in parts]

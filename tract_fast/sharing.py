@@ -84,6 +84,22 @@ def _rope_types(parameters: dict) -> Iterator[str]:
             yield value
 
 
+def plan_step(
+    train: Train, examples: Sequence[Encoded], groups: np.ndarray | None, step: int, world: int
+) -> tuple[list[Encoded], list[list[list[int]]]]:
+    """``batches.plan_step`` as a recipe's section says."""
+    return batches.plan_step(
+        examples,
+        batch=train.batch,
+        max_tokens=train.max_tokens,
+        seed=train.seed,
+        step=step,
+        shuffle=train.shuffle,
+        world=world,
+        groups=groups,
+    )
+
+
 def epoch_tokens(
     train: Train, examples: Sequence[Encoded], groups: np.ndarray, share: Share, world: int
 ) -> tuple[int, int]:
@@ -91,16 +107,7 @@ def epoch_tokens(
     steps = batches.steps_per_epoch(len(examples), train.batch)
     logical = computed = 0
     for step in range(min(steps, PLANNED_STEPS)):
-        members, packed = batches.plan_step(
-            examples,
-            batch=train.batch,
-            max_tokens=train.max_tokens,
-            seed=train.seed,
-            step=step,
-            shuffle=train.shuffle,
-            world=world,
-            groups=groups,
-        )
+        members, packed = plan_step(train, examples, groups, step, world)
         logical += sum(len(e.ids) for e in members)
         computed += sum(
             batches.layout_of([members[i] for i in micro], share=share).tokens for rank in packed for micro in rank

@@ -226,6 +226,32 @@ def test_a_score_row_that_outweighs_the_others_raises_its_threshold_instead_of_c
     assert (np.abs(dx.mean(0) - exact["hidden"][0]) < 5 * error + 1e-5 * np.abs(exact["hidden"][0])).all()
 
 
+def test_a_threshold_of_nothing_lists_everything(products):
+    """Two scores on one row whose weights cancel: no coefficient to be relative to, and still a gradient."""
+    p = problem(n=2, v=60, d=8, k=3, b=2, seed=2, spread=1.0, ignored=1.0, normalize="vocab")
+    p |= {"score_rows": np.array([1, 1]), "score_weights": np.array([1.0, -1.0]), "row_weights": None}
+    p["score_targets"] = np.array([1.0, 3.0])
+    p = rounded(p, torch.float32)
+    out, found = sampled_gradients(p, eps=2.0**-10)
+    _, exact = closed_form(p)
+    assert out.entries[1] == 60
+    assert np.linalg.norm(found["hidden"].numpy() - exact["hidden"]) < 1e-5 * np.linalg.norm(exact["hidden"])
+
+
+def test_what_is_taken_out_or_has_no_probability_takes_no_place(monkeypatch, products):
+    """The sum begins so near its end that a column counted wrongly would be listed for another."""
+    p = rounded(problem(n=1, v=40, d=8, k=3, b=1, seed=2, spread=12.0, ignored=0.0), torch.float32)
+    for begin in (2, 4, 7):
+        monkeypatch.setattr(sampled, "starts", lambda *_, begin=begin: torch.tensor([2**31 - begin]))
+        found = []
+        for make in (None, sampled):
+            with pytest.MonkeyPatch.context() as patch:
+                if make:
+                    patch.setattr(sampled, "kernels_for", lambda _: (sampled.sampled_rows, sampled.sampled_weight))
+                found.append(listed(monkeypatch, p, eps=2.0**-4)[2])
+        assert found[0] == found[1]
+
+
 def test_a_larger_coefficient_gets_a_smaller_threshold(products):
     """With equal thresholds the row of weight 8 would have 64 times the variance of the others."""
     p = rounded(problem(n=4, v=2000, d=8, b=0, seed=2, spread=3.0, ignored=0.0, weights=False), torch.float32)

@@ -62,7 +62,7 @@ def proposed(z, shift, LOWEST: tl.constexpr, PER_NAT: tl.constexpr):
     there = z > float("-inf")
     kept = there & (z >= shift)  # the shift may be -inf itself
     f = proposal(z - shift, LOWEST, PER_NAT).to(tl.int64)
-    return kept, tl.where(kept | (z == float("-inf")), 0, f)
+    return kept, tl.where(there & (z < shift), f, 0)
 
 
 @triton.jit
