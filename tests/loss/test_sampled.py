@@ -241,7 +241,7 @@ def test_a_threshold_of_nothing_lists_everything(products):
 @pytest.mark.parametrize("begin", [1, 2, 3, 4, 5])
 def test_what_is_taken_out_takes_no_place_in_the_draw(monkeypatch, products, begin):
     """Columns 3 to 6 have the least proposal, 1: the sum passes its end at the ``begin``-th of them."""
-    p = problem(n=1, v=8, d=1, k=3, b=1, seed=2, bias=False, ignored=0.0)
+    p = problem(n=1, v=8, d=1, k=3, b=1, seed=2, bias=False, ignored=0.0, weights=False)
     p |= {"score_token_ids": np.array([0, 1, 2]), "labels": np.array([7]), "hidden": np.ones((1, 1))}
     p["weight"] = np.array([0.0, 0.0, 0.0, -40.0, -40.0, -40.0, -40.0, 10.0])[:, None]
     monkeypatch.setattr(sampled, "starts", lambda *_: torch.tensor([2**31 - begin]))
