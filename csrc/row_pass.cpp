@@ -20,9 +20,7 @@ TRACT_FAST_DECLARE(portable)
 TRACT_FAST_DECLARE(avx2)
 TRACT_FAST_DECLARE(avx512)
 TRACT_FAST_DECLARE(avx512bf16)
-#endif
 
-#ifdef TRACT_FAST_X86
 static bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

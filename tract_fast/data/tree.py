@@ -52,7 +52,8 @@ def lay_out(sequences: Sequence[np.ndarray], prompt_lens: Sequence[int], share: 
     segments: list[tuple[int, int, int]] = []
     every = list(range(len(sequences)))
     tokens = 0
-    todo = [([i], 0) for i in reversed(every)] if share is None else [(every, 0)][: len(every)]
+    together = [every] if share and every else [[i] for i in reversed(every)]
+    todo = [(members, 0) for members in together]
     while todo:
         members, start = todo.pop()  # the first ``start`` tokens of all of them are laid out
         end = _common_prefix([sequences[i] for i in members])
