@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import assume, given, strategies as st
 
-from tests.loss_problems import problem, problems, rounded, tensors
+from tests.loss_problems import closed_form, gradients, problem, problems, rounded, tensors
 from tract_fast import linear_tract_loss
-from tract_fast.loss import native, rows
+from tract_fast.loss import chunked, native, rows
 from tract_fast.loss.terms import Arguments, new_stats, op_arguments, row_terms
 
 if os.environ.get("TRACT_FAST_REQUIRE_EXT") != "1" and native.missing():
@@ -175,6 +175,21 @@ def test_other_operators_refuse_too():
     for rows_, columns in ((2**40, 2**40), (-1, 8)):
         with pytest.raises(RuntimeError, match="is not possible"):
             torch.ops.tract_fast.scratch(torch.zeros(1), rows_, columns)
+
+
+def test_dw_of_several_chunks_is_summed_in_parts(monkeypatch):
+    """Parts of three rows of a 16-bit dW, of which the last is smaller, over three chunks."""
+    p = rounded(problem(n=300, v=40, d=5, seed=3), torch.bfloat16)
+    found = []
+    for elements in (15, chunked.SUMMAND):
+        monkeypatch.setattr(chunked, "SUMMAND", elements)
+        args = tensors(p, torch.bfloat16) | {"memory_budget": 1}
+        found.append(gradients(args, -2.5, "chunked")[1]["weight"])
+    assert found[0].norm() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=2**-7, atol=1e-3)
+    _, exact = closed_form(p)
+    whole = torch.from_numpy(-2.5 * exact["weight"])
+    assert (found[0].double() - whole).norm() < 0.02 * whole.norm()
 
 
 def test_a_variant_that_is_not_there_is_told(monkeypatch):
