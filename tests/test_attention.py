@@ -183,3 +183,50 @@ def test_refuses_a_mask():
         document_attention(
             None, x, x, x, torch.ones(3, 3), cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=3, max_length_k=3
         )
+
+
+@settings(max_examples=60)
+@given(
+    trees=st.lists(
+        st.tuples(st.integers(0, 6), st.lists(st.integers(1, 5), min_size=1, max_size=5)), min_size=1, max_size=3
+    ),
+    wide=st.integers(1, 12),
+    window=st.sampled_from([None, 1, 3, 8]),
+    cap=st.sampled_from([None, 1.5]),
+    seed=st.integers(0, 99),
+)
+def test_siblings_joined(trees, wide, window, cap, seed):
+    """Siblings in one call equal one call for each, outputs and gradients, in float64; no more are joined than said."""
+    torch.manual_seed(seed)
+    lengths, index, at = [], [], 0
+    for prompt, rationales in trees:  # a prompt, then what goes on from it; without a prompt they share nothing
+        common = torch.arange(at, at + prompt)
+        for before, n in [(0, prompt)] * bool(prompt) + [(prompt, n) for n in rationales]:
+            lengths.append((n, before + n))
+            index.append(torch.cat([common[:before], torch.arange(at, at + n)]))
+            at += n
+    cumulative = lambda ns: torch.tensor([0, *ns]).cumsum(0).int()  # noqa: E731
+    fields = {
+        "cu_seq_lens_q": cumulative([q for q, _ in lengths]),
+        "cu_seq_lens_k": cumulative([k for _, k in lengths]),
+        "max_length_q": max(q for q, _ in lengths),
+        "max_length_k": max(k for _, k in lengths),
+        "key_index": torch.cat(index),
+    }
+    q = torch.randn(1, 4, at, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(1, 2, at, 8, dtype=torch.float64, requires_grad=True) for _ in "kv")
+    upstream = torch.randn(1, at, 4, 8, dtype=torch.float64)
+
+    def results(most):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "WIDE", most)
+            out, _ = document_attention(None, q, k, v, None, **fields, scaling=0.3, sliding_window=window, softcap=cap)
+        return out, *torch.autograd.grad(out, (q, k, v), upstream)
+
+    for got, want in zip(results(wide), results(0), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    starts = [([n_q], n_k - n_q) for n_q, n_k in lengths]
+    joined, keys = attention._join_siblings(starts, fields["key_index"])
+    assert all(len(parts) == 1 or (before and sum(parts[:-1]) < attention.WIDE) for parts, before in joined)
+    assert len(joined) == sum(bool(p) + (1 if p else len(r)) for p, r in trees), "short ones of a prompt are one call"
+    assert len(keys) == sum(before + sum(parts) for parts, before in joined)

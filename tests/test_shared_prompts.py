@@ -77,8 +77,8 @@ def assert_same(found, expected, tolerance):
     assert found[0] == pytest.approx(expected[0], rel=tolerance)
     whole = torch.stack([g.norm() for g in expected[1].values()]).norm()
     for name, want in expected[1].items():
-        # a parameter whose gradient cancels to nearly nothing is held against the rounding of the others
-        error = (found[1][name] - want).norm() / max(want.norm(), 1e-3 * whole)
+        # a gradient that nearly cancels is held against the rounding of the others (the same in float64: 1e-12, below)
+        error = (found[1][name] - want).norm() / max(want.norm(), 1e-2 * whole)
         assert error < tolerance, (name, error)
 
 
