@@ -35,7 +35,7 @@ from tract_fast.shard import Ranks
 def families(examples: list[Encoded], most: int, prompts: int, seed: int) -> list[list[Encoded]]:
     """The first ``most`` examples of each of some prompts that have as many, prompts drawn at random."""
     members: dict[int, list[Encoded]] = {}
-    for example, group in zip(examples, batches.prompt_groups(examples).tolist(), strict=True):
+    for example, group in zip(examples, batches.prompt_groups(examples).of.tolist(), strict=True):
         members.setdefault(group, []).append(example)
     large = [found[:most] for found in members.values() if len(found) >= most]
     if len(large) < prompts:

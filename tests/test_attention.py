@@ -5,10 +5,18 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tests.tiny_models import FAMILIES, tiny_lm
-from tract_fast import attention
-from tract_fast.attention import DOCUMENTS, VARLEN, document_attention, resolve_attention, varlen_attention
+from tract_fast import attention, selfcheck
+from tract_fast.attention import (
+    DOCUMENTS,
+    VARLEN,
+    document_attention,
+    hidden_states,
+    resolve_attention,
+    varlen_attention,
+)
 from tract_fast.errors import UserError
-from tract_fast.model import bare_batch, hidden_states, logit_transform, self_check
+from tract_fast.model import logit_transform
+from tract_fast.selfcheck import bare_batch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -24,7 +32,7 @@ def test_packed_equals_alone(family):
     lm.set_attn_implementation(DOCUMENTS)
     packed = hidden_states(lm.get_decoder(), bare_batch(documents))
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-4, atol=1e-5)
-    line = self_check(lm, torch.float32, DOCUMENTS, *logit_transform(lm.config))
+    line = selfcheck.packing(lm, torch.float32, DOCUMENTS, *logit_transform(lm.config))
     assert "packed = each alone" in line
 
 
@@ -60,16 +68,16 @@ def test_self_check_finds_a_leak():
 
     AttentionInterface.register("test_leaks", one_document)
     with pytest.raises(UserError, match=r"packing check.*cannot be trained packed with attention test_leaks"):
-        self_check(lm, torch.float32, "test_leaks", None, 1.0)
+        selfcheck.packing(lm, torch.float32, "test_leaks", None, 1.0)
 
 
 def test_self_check_finds_an_unknown_head():
     """A logit scale or soft-cap that is not accounted for is a different model."""
     attention.register()
     with pytest.raises(UserError, match="packing check"):
-        self_check(tiny_lm("cohere"), torch.float32, DOCUMENTS, None, 1.0)
+        selfcheck.packing(tiny_lm("cohere"), torch.float32, DOCUMENTS, None, 1.0)
     with pytest.raises(UserError, match="packing check"):
-        self_check(tiny_lm("gemma2"), torch.float32, DOCUMENTS, None, 1.0)
+        selfcheck.packing(tiny_lm("gemma2"), torch.float32, DOCUMENTS, None, 1.0)
 
 
 def plain_varlen(has_gqa):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tract_fast.gather import add_rows, add_runs, add_sorted, gather_rows
 
@@ -32,6 +33,21 @@ def test_both_sums(add):
     expected = torch.zeros(76, 2, 8, dtype=torch.float64).index_add_(0, index, grad.double())
     out = add(torch.zeros(76, 2, 8), index, grad)
     torch.testing.assert_close(out.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_sum_of_cuda_sorts():
+    """``index_add_`` gives the same sums and leaves their order to the threads, which no comparison would show."""
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **kwargs or {})
+
+    tensors = torch.zeros(4, 2), torch.tensor([0, 0, 3]), torch.ones(3, 2)
+    with Record():
+        add_sorted(*tensors)
+    assert called == [torch.ops.aten.index_put_.default]
 
 
 def test_operators_keep_their_promises():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import FAMILIES, tiny_lm
 from tests.tiny_runs import save_model, tiny_recipe
-from tract_fast import attention, model
+from tract_fast import attention, model, selfcheck
 from tract_fast.data.batch import collate, normalizer
 from tract_fast.errors import UserError
 from tract_fast.head import TractHead
@@ -212,7 +212,7 @@ def test_attention_sinks_are_refused():
     attention.register()
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(UserError, match="s_aux"):
-        model.self_check(lm, torch.float32, attention.DOCUMENTS, None, 1.0)
+        selfcheck.packing(lm, torch.float32, attention.DOCUMENTS, None, 1.0)
 
 
 def test_compiled_blocks_give_the_same_loss(tmp_path):

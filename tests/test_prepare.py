@@ -116,19 +116,28 @@ def test_prompts_of_the_feedback_collection_are_known(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("share", ["auto", "off"])
-def test_plan_counts_what_training_does(tmp_path, share):
+def test_plan_counts_what_training_does(tmp_path, share, monkeypatch):
     write_data(tmp_path / "data.jsonl", siblings=3)
     recipe = tiny_recipe(tmp_path, train__max_tokens=120, data__share_prompts=share)
     data, _ = prepared(recipe)
     sharing = choose_sharing(recipe, data.config, DOCUMENTS, data.train, world=1)
     assert sharing.share == {"auto": "prompts", "off": None}[share]
     step = estimate.plan(recipe, data.train, sharing=sharing)
+    keys, collate_of = [], train.collate
+
+    def watched(*args):
+        batch = collate_of(*args)
+        keys.append(0 if batch.key_index is None else len(batch.key_index))
+        return batch
+
+    monkeypatch.setattr(train, "collate", watched)
     train.run(recipe)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "eval" not in line]
     assert step.steps == len(steps)
     assert step.tokens_per_step == pytest.approx(sum(line["tokens"] for line in steps) / len(steps))
     assert step.max_tokens <= 120 and step.micro_batches > 1
+    assert step.max_keys == max(keys) and bool(max(keys)) is (share == "auto")
 
 
 @pytest.mark.parametrize("rank", [0, 4])

@@ -1,26 +1,30 @@
 """Shared prompts compute the gradient of unshared ones, whatever is shared, and nothing leaks between siblings."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_attention import plain_varlen
 from tests.tiny_models import tiny_lm
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import attention, train
-from tract_fast.attention import DOCUMENTS, VARLEN, check_alignment
+from tract_fast import attention, selfcheck, train
+from tract_fast.attention import DOCUMENTS, VARLEN, hidden_states
+from tract_fast.data import batch as batches
 from tract_fast.data.batch import collate, normalizer, pack_examples, prompt_groups
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.scores import ScoreScale
 from tract_fast.data.tree import lay_out
 from tract_fast.errors import UserError
 from tract_fast.head import TractHead
-from tract_fast.model import TractModel, bare_batch, hidden_states, self_check
+from tract_fast.model import TractModel
 from tract_fast.prepare import prepare
-from tract_fast.sharing import choose_sharing, count, obstacle
+from tract_fast.selfcheck import bare_batch
+from tract_fast.sharing import choose_sharing, count, obstacle, plan_step
 
 CPU = torch.device("cpu")
 VOCABULARY = 64
@@ -95,7 +99,7 @@ def test_gradient_is_that_of_unshared_prompts(family, groups, room, seed, reduct
     """Against every example in a micro-batch of its own; windows of 5 are shorter than most prompts."""
     model, examples = tract_model(family), judgements(groups, seed)
     alone = gradients(model, examples, [[i] for i in range(len(examples))], None, reduction)
-    packed = pack_examples(examples, max(len(e.ids) for e in examples) + room, 1, prompt_groups(examples))[0]
+    packed = pack_examples(examples, max(len(e.ids) for e in examples) + room, 1, prompt_groups(examples).of)[0]
     assert_same(gradients(model, examples, packed, share, reduction), alone, 1e-5)
 
 
@@ -136,28 +140,54 @@ def test_siblings_do_not_see_each_other(family):
     assert not torch.allclose(before[1], moved[1]) and not torch.allclose(before[2], moved[2])
 
 
-def test_start_checks_find_another_alignment(monkeypatch):
-    """A kernel that aligns queries to the start of their keys is found, in output and where only its gradient is."""
-    right, _ = plain_varlen(True)()
-    monkeypatch.setattr(attention, "_varlen", lambda: (right, True))
-    assert "aligns queries to the end" in check_alignment(VARLEN, CPU, torch.float32)
+def from_the_start(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+    """A kernel that aligns queries to the start of their keys: causal from the first on, later keys are never seen."""
+    heads = [torch.arange(a, a + n) for a, n in zip(cu_k[:-1].tolist(), cu_q.diff().tolist(), strict=True)]
+    index = torch.cat(heads)
+    return RIGHT(q, k[index], v[index], cu_q, cu_q, max_q, max_q, **options)
 
-    def from_the_start(q, k, v, cu_q, cu_k, max_q, max_k, **options):
-        heads = [torch.arange(a, a + n) for a, n in zip(cu_k[:-1].tolist(), cu_q.diff().tolist(), strict=True)]
-        index = torch.cat(heads)  # causal from the first key on: later keys are never seen
-        return right(q, k[index], v[index], cu_q, cu_q, max_q, max_q, **options)
 
-    def wrong_gradient(q, k, v, *lengths, **options):
-        return right(q, k * 1.1 - (k * 0.1).detach(), v, *lengths, **options)
+def wrong_gradient(q, k, v, *lengths, **options):
+    return RIGHT(q, k * 1.1 - (k * 0.1).detach(), v, *lengths, **options)
 
-    for odd in (from_the_start, wrong_gradient):
-        monkeypatch.setattr(attention, "_varlen", lambda odd=odd: (odd, True))
-        with pytest.raises(UserError, match=r"data.share_prompts = auto: attention tract_varlen on cpu computes"):
-            check_alignment(VARLEN, CPU, torch.float32)
+
+def wrong_window(q, k, v, cu_q, cu_k, *lengths, window_size, **options):
+    """One key too many, where queries are fewer than keys."""
+    wide = window_size[0] >= 0 and not torch.equal(cu_q, cu_k)
+    return RIGHT(q, k, v, cu_q, cu_k, *lengths, window_size=(window_size[0] + wide, 0), **options)
+
+
+RIGHT, _ = plain_varlen(True)()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("odd", [from_the_start, wrong_gradient, wrong_window])
+def test_start_checks_find_another_alignment(monkeypatch, odd, dtype):
+    """In output, where only the gradient is wrong, and where only a window is."""
+    monkeypatch.setattr(attention, "_varlen", lambda: (RIGHT, True))
+    assert "aligns queries to the end" in selfcheck.alignment(VARLEN, CPU, dtype, (6, 2, 32))
+    monkeypatch.setattr(attention, "_varlen", lambda: (odd, True))
+    with pytest.raises(UserError, match=r"data.share_prompts = auto: attention tract_varlen on cpu computes"):
+        selfcheck.alignment(VARLEN, CPU, dtype, (6, 2, 32))
+
+
+def test_start_checks_find_it_in_a_model(monkeypatch):
     monkeypatch.setattr(attention, "_varlen", lambda: (from_the_start, True))
     attention.register()
     with pytest.raises(UserError, match=r"the prompt of two shared.*write data.share_prompts: off"):
-        self_check(tiny_lm("llama"), torch.float32, VARLEN, None, 1.0, share=True)
+        selfcheck.packing(tiny_lm("llama"), torch.float32, VARLEN, None, 1.0, share=True)
+
+
+def test_start_checks_find_what_is_drawn():
+    """A model that draws random numbers in training under a name that nobody knows."""
+    attention.register()
+    lm = tiny_lm("llama")
+    lm.get_decoder().norm.register_forward_hook(
+        lambda module, args, out: torch.nn.functional.dropout(out, 0.1, module.training)
+    )
+    assert "packing check" in selfcheck.packing(lm, torch.float32, DOCUMENTS, None, 1.0)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM draws random numbers.*write data.share_prompts: off"):
+        selfcheck.packing(lm, torch.float32, DOCUMENTS, None, 1.0, share=True)
 
 
 def siblings(tmp_path, **settings):
@@ -178,7 +208,7 @@ def test_what_turns_sharing_off(tmp_path, change, what):
     recipe = siblings(tmp_path, **change)
     data = prepare(recipe, lambda text: None)
     sharing = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
-    assert sharing.share is sharing.groups is None
+    assert sharing.share is sharing.groups is None, "and sequences are shuffled one by one"
     assert sharing.line.startswith(f"shared prompts: off ({what}")
 
 
@@ -188,9 +218,18 @@ def test_what_turns_sharing_off(tmp_path, change, what):
         ({"rope_parameters": {"rope_type": "longrope"}}, "RoPE is longrope"),
         ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}}}, "RoPE is dynamic"),
         ({"resid_pdrop": 0.1}, "resid_pdrop = 0.1"),
+        ({"dropout_rate": 0.1}, "dropout_rate = 0.1"),
+        ({"hidden_dropout_prob": 0.1}, "hidden_dropout_prob = 0.1"),
+        ({"layerdrop": 0.1}, "layerdrop = 0.1"),
+        ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+        ({"ffn_config": {"moe_jitter_eps": 0.1}}, "moe_jitter_eps = 0.1"),
+        ({"model_type": "phimoe"}, "phimoe draws its experts"),
         ({"output_router_logits": True}, "auxiliary loss"),
         ({"mamba_d_state": 16}, "keep a state"),
+        ({"ssm_multipliers": None}, "keep a state"),
+        ({"state_size": 16}, "keep a state"),
         ({"classifier_dropout": 0.1}, None),
+        ({"resid_pdrop": 0.0}, None),
         ({"rope_parameters": {"rope_type": "llama3"}}, None),
     ],
 )
@@ -198,9 +237,26 @@ def test_models_that_do_not_share(tmp_path, fields, what):
     config = tiny_lm("llama").config
     for name, value in fields.items():
         setattr(config, name, value)
-    found = obstacle(siblings(tmp_path), config, DOCUMENTS)
+    found = obstacle(siblings(tmp_path), config)
     assert found is None if what is None else what in found
-    assert "takes no keys but" in obstacle(siblings(tmp_path), config, "flash_attention_2")
+
+
+def test_other_kernels_do_not_share(tmp_path):
+    recipe = siblings(tmp_path, model__attention="flash_attention_2")
+    assert "flash_attention_2 takes no keys but" in obstacle(recipe, tiny_lm("llama").config)
+
+
+def test_the_order_does_not_depend_on_the_ranks(tmp_path):
+    """Whether siblings meet in a micro-batch does; a run that goes on with other ranks must not repeat or skip any."""
+    recipe = siblings(tmp_path, train__batch=3)
+    data = prepare(recipe, lambda text: None)
+    shared, orders = set(), set()
+    for world, name in itertools.product(range(1, 9), (DOCUMENTS, VARLEN)):
+        sharing = choose_sharing(recipe, data.config, name, data.train, world)
+        members = [plan_step(recipe.train, data.train, sharing, step, world)[0] for step in range(6)]
+        orders.add(tuple(e.id for step in members for e in step))
+        shared.add(sharing.share)
+    assert shared == {"prompts", "heads", None} and len(orders) == 1
 
 
 def test_nothing_to_share_is_said(tmp_path):
@@ -208,7 +264,8 @@ def test_nothing_to_share_is_said(tmp_path):
     recipe = siblings(tmp_path, train__batch=1)
     data = prepare(recipe, lambda text: None)
     sharing = choose_sharing(recipe, data.config, DOCUMENTS, data.train, 1)
-    assert sharing.groups is None and "no two sequences of a micro-batch have a beginning to share" in sharing.line
+    assert sharing.share is None and "no two sequences of a micro-batch have a beginning to share" in sharing.line
+    assert "shuffled by prompt" in sharing.line
 
 
 def test_heads_of_prompts_are_shared_in_one_call_alone(tmp_path):
@@ -265,9 +322,39 @@ def test_trained_as_unshared(tmp_path, change):
     assert_same(whole_step(siblings(tmp_path, **whole)), unshared, 1e-5)
 
 
-def test_held_out_metrics_are_the_same(tmp_path):
+def test_held_out_metrics_are_the_same(tmp_path, monkeypatch):
+    """And computed on shared prompts, within the limit of tokens."""
+    most, collated = 0, batches.collate
+
+    def collate(*args, **options):
+        nonlocal most
+        batch = collated(*args, **options)
+        most = max(most, batch.input_ids.shape[1])
+        return batch
+
+    monkeypatch.setattr(batches, "collate", collate)
     on, off = (siblings(tmp_path, run=name, data__share_prompts=name) for name in ("auto", "off"))
     for recipe in (on, off):
         assert train.run(replace(recipe, train=replace(recipe.train, max_steps=1))) == 0
     first = [train.log.read_metrics(tmp_path / name / "metrics.jsonl")[0]["eval"] for name in ("auto", "off")]
     assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert most <= on.train.max_tokens, "packed as laid out"
+
+
+def test_repeated_rows_are_summed_in_order():
+    """Rows of the head that are there once for each rationale: on CUDA plain indexing would leave their order open."""
+    called = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func)
+            return func(*args, **kwargs or {})
+
+    model, examples = tract_model("llama"), judgements([(4, [3, 3])], 0)
+    norm = normalizer(examples, ce_weight=1, regression_weight=1, score_ce=True, ce_reduction="token")
+    batch = collate(examples, norm, score_ce=True, share="prompts")
+    assert len(set(batch.rows.tolist())) < len(batch.rows)
+    hidden = torch.randn(batch.input_ids.shape[1], 32, requires_grad=True)
+    with Record():
+        model.head(hidden, batch).loss.backward()
+    assert torch.ops.tract_fast.add_rows.default in called

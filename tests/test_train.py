@@ -10,20 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Starcoder2Config
 
+from tests.tiny import tiny_tokenizer
+from tests.tiny_models import SIZE, random_lm
 from tests.tiny_runs import metrics, tiny_recipe, write_data
 from tract_fast import checkpoint, model, recipe as recipes, shard, train
+from tract_fast.attention import hidden_states
 from tract_fast.errors import RunStopped, UserError
-from tract_fast.model import bare_batch, hidden_states
 from tract_fast.prepare import prepare
+from tract_fast.selfcheck import bare_batch
 from tract_fast.shards import Stored
 
 
-def gradients(recipe, step=0):
-    """Gradients of one optimizer step, before clipping, by parameter name."""
+def gradients(recipe, step=0, draw=0):
+    """Gradients of one optimizer step, before clipping, by parameter name; ``draw``: another has other dropout."""
     with shard.start_ranks() as ranks:
         job = train.assemble(recipe, ranks, prepare(recipe, lambda text: None), lambda text: None)
         examples, micro_batches, norm = train.plan_step(job, step)
+        train.seed_step(recipe.train.seed, step, draw)
         loss = 0.0
         for chosen in micro_batches:
             out = job.model(train.collate(job, [examples[i] for i in chosen], norm))
@@ -45,6 +50,28 @@ def test_packing_does_not_change_the_gradient(tmp_path, family, reduction):
         assert loss == pytest.approx(results[0][0], rel=1e-5)
         for name, grad in found.items():
             torch.testing.assert_close(grad, results[0][1][name], rtol=2e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    "change", [{"lora__rank": 4, "lora__dropout": 0.2}, {"family": "starcoder2"}], ids=["lora", "own"]
+)
+@pytest.mark.parametrize("setting", ["full", "selective"])
+def test_dropout_is_recomputed_as_it_was(tmp_path, setting, change):
+    """That of adapters and a model's own: backward must see the masks of forward."""
+    folder = tmp_path / "starcoder2"
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = Starcoder2Config(vocab_size=len(tokenizer) + 3, residual_dropout=0.2, sliding_window=None, **SIZE)
+    random_lm(config).save_pretrained(folder)
+
+    def drawn(draw, setting):
+        return gradients(tiny_recipe(tmp_path, train__activation_checkpointing=setting, **change), draw=draw)[:2]
+
+    kept, other, again = drawn(1, "none"), drawn(2, "none"), drawn(1, setting)
+    assert kept[0] == again[0]
+    assert any(not torch.allclose(other[1][name], grad) for name, grad in kept[1].items()), "another draw, other masks"
+    for name, grad in kept[1].items():
+        torch.testing.assert_close(again[1][name], grad, rtol=1e-6, atol=1e-8, msg=name)
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

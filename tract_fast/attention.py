@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tract_fast.data.batch import Batch
 from tract_fast.errors import UserError
 from tract_fast.gather import gather_rows
 
@@ -71,6 +72,21 @@ def register() -> None:
 
     AttentionInterface.register(VARLEN, varlen_attention)
     AttentionInterface.register(DOCUMENTS, document_attention)
+
+
+def hidden_states(backbone: torch.nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states (T, D) of a packed micro-batch. No cache and no mask: either would mix the documents."""
+    out = backbone(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seq_lens_q=batch.cu_seq_lens_q,
+        cu_seq_lens_k=batch.cu_seq_lens_k,
+        max_length_q=batch.max_length_q,
+        max_length_k=batch.max_length_k,
+        use_cache=False,
+        **({} if batch.key_index is None else {"key_index": batch.key_index}),
+    )
+    return out.last_hidden_state[0]
 
 
 @functools.cache
@@ -206,47 +222,6 @@ def _visible(parts: list[int], before: int, window: int | None, device: torch.de
     answers = torch.cat([torch.full((before,), -1, device=device), asks])  # -1: whoever asks
     visible = (ahead >= 0) & ((answers < 0) | (answers == asks[:, None]))
     return visible & (ahead < window) if window else visible
-
-
-@torch.enable_grad()
-def check_alignment(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Queries fewer than keys must see the keys up to their own place; returns a line to print.
-
-    torch says of ``varlen_attn`` that it is causal, not to which end of the keys it aligns the queries, and shared
-    prompts depend on that. Output and gradients are held against a plain softmax in float32 on the CPU. Raises
-    UserError where they differ.
-    """
-    tokens = torch.Generator().manual_seed(0)
-    # a prompt of 40 tokens, then 13 and 7 that go on from it
-    keys = [torch.arange(40), torch.arange(53), torch.cat([torch.arange(40), torch.arange(53, 60)])]
-    fields = {
-        "cu_seq_lens_q": torch.tensor([0, 40, 53, 60], dtype=torch.int32, device=device),
-        "cu_seq_lens_k": torch.tensor([0, 40, 93, 140], dtype=torch.int32, device=device),
-        "max_length_q": 40,
-        "max_length_k": 53,
-        "key_index": torch.cat(keys).to(device),
-    }
-    qkv = [torch.randn(1, heads, 60, 64, generator=tokens).to(device, dtype).requires_grad_() for heads in (4, 2, 2)]
-    upstream = torch.randn(1, 60, 4, 64, generator=tokens).to(device, dtype)
-    attend = {VARLEN: varlen_attention, DOCUMENTS: document_attention}[name]
-    out, _ = attend(None, *qkv, None, **fields, scaling=0.125)
-    found = [out, *torch.autograd.grad(out, qkv, upstream)]
-
-    visible = torch.zeros(60, 60, dtype=torch.bool)
-    for places in keys:
-        visible[places[:, None], places] = places[:, None] >= places
-    q, k, v = (x.detach().cpu().float().requires_grad_() for x in qkv)
-    weights = (q @ k.repeat_interleave(2, dim=1).transpose(2, 3) * 0.125).masked_fill(~visible, -torch.inf).softmax(-1)
-    out = (weights @ v.repeat_interleave(2, dim=1)).transpose(1, 2)
-    expected = [out, *torch.autograd.grad(out, (q, k, v), upstream.cpu().float())]
-    pairs = zip(found, expected, strict=True)
-    error = max(((got.cpu().float() - want).norm() / want.norm()).item() for got, want in pairs)
-    if not error <= (1e-4 if dtype == torch.float32 else 3e-2):
-        raise UserError(
-            f"data.share_prompts = auto: attention {name} on {device.type} computes something else where queries are "
-            f"fewer than keys (relative error {error:.1e}): write data.share_prompts: off"
-        )
-    return f"shared prompts check: {name} aligns queries to the end of their keys (relative error {error:.0e})"
 
 
 def _refuse(attention_mask: Tensor | None, unused: dict) -> None:

@@ -57,7 +57,7 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Shari
     )
     micro, tokens, rows, keys, counts = [], [], [], [0], []
     for step in range(min(steps, PLANNED_STEPS)):
-        members, packed = plan_step(settings, examples, sharing.groups, step, world)
+        members, packed = plan_step(settings, examples, sharing, step, world)
         parts = [[members[i] for i in part] for rank in packed for part in rank if part]
         micro.append(len(parts))
         layouts = [batches.layout_of(part, share=sharing.share) for part in parts]

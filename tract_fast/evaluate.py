@@ -221,7 +221,7 @@ def held_out_metrics(
     """
     score_ce = recipe.loss.score_ce
     norm = batches.normalizer(examples, ce_weight=1.0, regression_weight=1.0, score_ce=score_ce, ce_reduction="token")
-    groups = batches.prompt_groups(examples) if share else None
+    groups = batches.prompt_groups(examples).of.tolist() if share else None
     mine = batches.pack_examples(examples, recipe.train.max_tokens, ranks.world, groups)[ranks.rank]
     found = torch.zeros(len(examples), 2, dtype=torch.float64, device=ranks.device)  # expected score, score mass
     ce_sum = torch.zeros(1, dtype=torch.float64, device=ranks.device)

@@ -6,20 +6,19 @@ checkpointing -> compile; sharding follows in ``shard.py``. What cannot work is 
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from tract_fast import attention, weights
-from tract_fast.data.batch import Batch, attention_fields
+from tract_fast import attention, selfcheck, weights
+from tract_fast.attention import hidden_states
+from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
-from tract_fast.data.tree import Layout, lay_out
 from tract_fast.errors import UserError
 from tract_fast.head import TractHead, choose_loss
 from tract_fast.loss import TractLoss
@@ -57,21 +56,6 @@ class TractModel(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Parameters that are trained, by their name in the causal LM."""
         return {name: p for name, p in self.lm.named_parameters() if p.requires_grad}
-
-
-def hidden_states(backbone: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states (T, D) of a packed micro-batch. No cache and no mask: either would mix the documents."""
-    out = backbone(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        cu_seq_lens_q=batch.cu_seq_lens_q,
-        cu_seq_lens_k=batch.cu_seq_lens_k,
-        max_length_q=batch.max_length_q,
-        max_length_k=batch.max_length_k,
-        use_cache=False,
-        **({} if batch.key_index is None else {"key_index": batch.key_index}),
-    )
-    return out.last_hidden_state[0]
 
 
 def locate(model: Model) -> dict[str, str]:
@@ -311,9 +295,9 @@ def build(
         say(_apply_liger(lm, recipe.model.liger))
         _apply_liger(twin, recipe.model.liger)
     softcap, logit_scale = logit_transform(config)
-    say(self_check(twin, dtype, name, softcap, logit_scale, share))
+    say(selfcheck.packing(twin, dtype, name, softcap, logit_scale, share))
     if share:
-        say(attention.check_alignment(name, device, dtype))
+        say(selfcheck.alignment(name, device, dtype, selfcheck.heads_of(config)))
     buffers = dict(twin.named_buffers())
     del twin
     if device.type == "cuda":  # the twin is gone: neither its memory nor its peak counts
@@ -323,7 +307,7 @@ def build(
         add_lora(lm, recipe.lora, dtype, recipe.train.seed)
     lm.set_output_embeddings(_head(lm.get_output_embeddings(), recipe, scale, softcap, logit_scale))
     model = TractModel(lm)
-    checkpoint_activations(lm, model.blocks, recipe.train.activation_checkpointing, keep_rng=recipe.lora.dropout > 0)
+    checkpoint_activations(lm, model.blocks, recipe.train.activation_checkpointing)
     if recipe.train.compile:
         for block in model.blocks:
             block.compile(dynamic=True)
@@ -359,79 +343,3 @@ def _apply_liger(lm: nn.Module, setting: str) -> str:
 
     _apply_liger_kernel_to_instance(model=lm, fused_linear_cross_entropy=False, cross_entropy=False)
     return "liger: norm, RoPE and SwiGLU where this architecture has them"
-
-
-@torch.no_grad()
-def self_check(
-    lm: nn.Module,
-    dtype: torch.dtype,
-    attention_name: str,
-    softcap: float | None,
-    logit_scale: float,
-    share: bool = False,
-) -> str:
-    """Documents packed must give what transformers' own forward pass gives for each alone; returns a line to print.
-
-    Computed in ``dtype``, as training will (some kernels take 16 bits only). Catches documents that see each other,
-    attention that ignores something that short documents need, and a head with more between hidden states and logits
-    than soft-cap and scale. Two of the three documents begin alike: with ``share`` that is there once. Raises UserError
-    where they differ.
-    """
-    device = lm.get_input_embeddings().weight.device
-    vocabulary = lm.get_output_embeddings().out_features
-    tokens = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(vocabulary, (n,), generator=tokens).to(device)  # noqa: E731
-    prompt = draw(11)
-    documents = [torch.cat([prompt, draw(6)]), draw(7), torch.cat([prompt, draw(4)])]
-    layout = lay_out([d.cpu().numpy() for d in documents], [len(prompt)] * 3, "prompts" if share else None)
-    was_training = lm.training
-    lm.eval()
-    with rounded(lm, dtype):
-        lm.set_attn_implementation("eager")
-        expected = [lm(input_ids=d[None], use_cache=False).logits[0].float() for d in documents]
-        lm.set_attn_implementation(attention_name)
-        logits = lm.get_output_embeddings()(hidden_states(lm.get_decoder(), bare_batch(documents, layout))).float()
-    logits = logits * logit_scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    lm.train(was_training)
-    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    how = "three documents packed, the prompt of two shared," if share else "three documents packed"
-    for places, want in zip(layout.places, expected, strict=True):
-        error = ((logits[torch.from_numpy(places).to(device)] - want).norm() / want.norm()).item()
-        if not error <= tolerance:
-            raise UserError(
-                f"packing check: {how} differ from each alone by {error:.1e} (at most {tolerance:.0e}): "
-                f"{type(lm).__name__} cannot be trained packed with attention {attention_name}"
-                + (": write data.share_prompts: off" if share else "")
-            )
-    return f"packing check: {how} = each alone (relative error {error:.0e})"
-
-
-@contextlib.contextmanager
-def rounded(lm: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Weights of ``lm`` in ``dtype`` inside, as they were outside."""
-    masters = [(p, p.data) for p in lm.parameters()]
-    try:
-        for p, data in masters:
-            p.data = data.to(dtype)
-        yield
-    finally:
-        for p, data in masters:
-            p.data = data
-
-
-def bare_batch(documents: list[Tensor], layout: Layout | None = None) -> Batch:
-    """A batch of bare documents on their device, nothing trained on; ``layout`` None: nothing shared."""
-    ids = [d.cpu().numpy() for d in documents]
-    none = torch.empty(0)
-    batch = Batch(
-        **attention_fields(ids, layout or lay_out(ids, [1] * len(ids), None)),
-        rows=none.long(),
-        labels=none.long(),
-        row_weights=none,
-        score_rows=none.long(),
-        score_targets=none,
-        score_weights=none,
-    )
-    return batch.to(documents[0].device)

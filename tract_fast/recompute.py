@@ -9,12 +9,13 @@ from torch import nn
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 
-def checkpoint_activations(lm: nn.Module, blocks: Sequence[nn.Module], setting: str, *, keep_rng: bool) -> None:
+def checkpoint_activations(lm: nn.Module, blocks: Sequence[nn.Module], setting: str) -> None:
     """Recompute activations in backward: of every block (``full``), of every k-th (a number), or only what is cheap to
-    recompute in every block (``selective``: products and attention are kept). ``keep_rng`` when dropout is on."""
+    recompute in every block (``selective``: products and attention are kept).
+    Random numbers are drawn again as they were: a model may draw some whatever the recipe says."""
     if setting == "none":
         return
-    options = {"use_reentrant": False, "preserve_rng_state": keep_rng}
+    options = {"use_reentrant": False, "preserve_rng_state": True}
     if setting == "selective":
         options["context_fn"] = _keep_products
     # renamed in transformers 5.2x; the old name goes in 6

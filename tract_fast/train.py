@@ -373,7 +373,7 @@ def segments(batch: batches.Batch) -> tuple[list[int], list[int]]:
 def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batches.Normalizer]:
     """The step's examples (of all ranks), this rank's micro-batches as indices into them, and the global counts."""
     train, loss = job.recipe.train, job.recipe.loss
-    examples, packed = sharing.plan_step(train, job.data.train, job.sharing.groups, step, job.ranks.world)
+    examples, packed = sharing.plan_step(train, job.data.train, job.sharing, step, job.ranks.world)
     norm = batches.normalizer(
         examples,
         ce_weight=loss.ce_weight,

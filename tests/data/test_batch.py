@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from tract_fast.data.batch import (
+    KEYS,
     collate,
+    groups_of,
     layout_of,
     normalizer,
     pack,
@@ -140,8 +142,8 @@ GROUPS = st.lists(
 
 
 def test_prompt_groups_go_by_token_ids():
-    assert prompt_groups(of_groups([(3, [4, 5]), (2, [3]), (3, [9, 3])])).tolist() == [0, 0, 1, 2, 2]
-    assert prompt_groups([encoded(3, 4), encoded(4, 4), encoded(3, 9)]).tolist() == [0, 1, 0]
+    assert prompt_groups(of_groups([(3, [4, 5]), (2, [3]), (3, [9, 3])])).of.tolist() == [0, 0, 1, 2, 2]
+    assert prompt_groups([encoded(3, 4), encoded(4, 4), encoded(3, 9)]).of.tolist() == [0, 1, 0]
 
 
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=9), batch=st.integers(1, 7), seed=st.integers(0, 5))
@@ -149,7 +151,7 @@ def test_siblings_meet_and_every_sequence_comes_once(sizes, batch, seed):
     """Shuffled by group: an epoch holds every sequence once, a group's members follow one another, in varied order."""
     groups = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
     n, steps = len(groups), steps_per_epoch(len(groups), batch)
-    options = {"batch": batch, "seed": seed, "shuffle": True, "groups": groups}
+    options = {"batch": batch, "seed": seed, "shuffle": True, "groups": groups_of(groups)}
     for epoch in range(2):
         order = [i for s in range(epoch * steps, (epoch + 1) * steps) for i in step_indices(n, step=s, **options)]
         assert sorted(order) == list(range(n))
@@ -157,9 +159,17 @@ def test_siblings_meet_and_every_sequence_comes_once(sizes, batch, seed):
         assert changes == len(sizes) - 1
 
 
+def test_siblings_come_in_another_order_each_epoch():
+    order = lambda seed, step: step_indices(  # noqa: E731
+        12, batch=12, seed=seed, step=step, shuffle=True, groups=groups_of(np.zeros(12, dtype=np.int64))
+    ).tolist()
+    assert order(0, 0) == order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+
+
 def test_groups_of_one_are_shuffled_as_sequences_are():
     options = {"batch": 7, "seed": 3, "step": 4, "shuffle": True}
-    alone = step_indices(20, groups=np.arange(20), **options)
+    alone = step_indices(20, groups=groups_of(np.arange(20)), **options)
     assert alone.tolist() == step_indices(20, **options).tolist()
 
 
@@ -169,7 +179,7 @@ def test_packing_groups(sizes, world, room):
     """Every sequence once; no micro-batch computes more than its limit; as many calls on every rank."""
     examples = of_groups(sizes)
     max_tokens = max(len(e.ids) for e in examples) + room
-    ranks = pack_examples(examples, max_tokens, world, prompt_groups(examples))
+    ranks = pack_examples(examples, max_tokens, world, prompt_groups(examples).of)
     assert sorted(i for rank in ranks for micro in rank for i in micro) == list(range(len(examples)))
     assert len({len(rank) for rank in ranks}) == 1
     loads = [layout_of([examples[i] for i in m], share="heads").tokens for rank in ranks for m in rank]
@@ -177,23 +187,35 @@ def test_packing_groups(sizes, world, room):
 
 
 def test_one_rank_splits_a_group_only_where_it_must():
-    examples = of_groups([(100, [10] * 8), (50, [10, 10])])
-    groups = prompt_groups(examples)
+    examples = of_groups([(20, [10] * 8), (10, [10, 10])])
+    groups = prompt_groups(examples).of
     ((whole,),) = pack_examples(examples, 1000, 1, groups)
-    assert layout_of([examples[i] for i in whole], share="heads").tokens == 180 + 70
-    (parts,) = pack_examples(examples, 150, 1, groups)
+    assert layout_of([examples[i] for i in whole], share="heads").tokens == 100 + 30
+    (parts,) = pack_examples(examples, 70, 1, groups)
     tokens = [layout_of([examples[i] for i in part], share="heads").tokens for part in parts]
-    assert sorted(tokens) == [70, 130, 150], "the prompt of the long group twice"
+    assert sorted(tokens) == [30, 50, 70], "the prompt of the long group twice"
 
 
 def test_ranks_share_a_group_where_that_ends_earlier():
     """One prompt with eight rationales on four ranks: each computes the prompt, and none waits for one with all."""
     examples = of_groups([(100, [50] * 8)])
-    ranks = pack_examples(examples, 1000, 4, prompt_groups(examples))
+    ranks = pack_examples(examples, 1000, 4, prompt_groups(examples).of)
     assert [len(micro) for rank in ranks for micro in rank] == [2, 2, 2, 2]
     examples = of_groups([(1000, [10] * 2), (1000, [10] * 2)])
-    ranks = pack_examples(examples, 3000, 2, prompt_groups(examples))
+    ranks = pack_examples(examples, 3000, 2, prompt_groups(examples).of)
     assert [micro for rank in ranks for micro in rank] == [[0, 1], [2, 3]], "nothing is gained by a split"
+    # one call in which a rank computes 300 tokens, not two of 250 and 210
+    examples = of_groups([(200, [10]), (200, [50, 50])])
+    assert pack_examples(examples, 300, 2, prompt_groups(examples).of) == [[[1, 2]], [[0]]]
+
+
+def test_keys_are_bounded_too():
+    """A prompt of 1000 tokens with 200 short rationales is 3000 tokens, and 203 000 keys."""
+    examples = of_groups([(1000, [10] * 200)])
+    (micro_batches,) = pack_examples(examples, 4000, 1, prompt_groups(examples).of)
+    keys = [sum(map(len, layout_of([examples[i] for i in m], share="prompts").keys())) for m in micro_batches]
+    assert max(keys) <= KEYS * 4000 and len(keys) <= 2 * sum(keys) / (KEYS * 4000)
+    assert sorted(i for m in micro_batches for i in m) == list(range(200))
 
 
 def test_collate_shared():

@@ -76,6 +76,12 @@ def test_a_part_of_a_prompt_is_shared_where_it_pays():
     assert tokens(common=158, length=160) == 162
     assert tokens(common=157, length=160, share="prompts") == 320, "not a whole prompt"
     assert tokens(common=158, length=160, share="prompts") == 162
+    # below a shared head only what more is shared counts: 40 of all, 8 more of two, of 160
+    first, second, third = (np.arange(160) + 1000 * i for i in range(3))
+    second[:48], third[:40] = first[:48], first[:40]
+    assert lay_out([first, second, third], [158] * 3, "heads").tokens == 3 * 160 - 2 * 40
+    second[48:50] = first[48:50]
+    assert lay_out([first, second, third], [158] * 3, "heads").tokens == 3 * 160 - 2 * 40 - 10
 
 
 def test_three_levels_in_order():

@@ -26,6 +26,7 @@ from tract_fast.data.tree import Layout, Share, lay_out
 from tract_fast.errors import UserError
 
 IGNORE = -100
+KEYS = 4  # times max_tokens: the most keys of a micro-batch with shared prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +76,44 @@ def total_steps(n: int, *, batch: int, epochs: int, max_steps: int | None) -> in
     return epochs * steps_per_epoch(n, batch) if max_steps is None else max_steps
 
 
-def prompt_groups(examples: Sequence[Encoded]) -> np.ndarray:
-    """(n,) int64: which examples have the same prompt, by token ids; groups are numbered by first appearance."""
+@dataclass(frozen=True)
+class Groups:
+    """Examples by prompt."""
+
+    of: np.ndarray
+    """(n,) int64, the group of each example; groups are numbered by first appearance."""
+    members: np.ndarray
+    """(n,) int64, the examples of group 0, then those of group 1, ..., in their order."""
+    ends: np.ndarray
+    """(groups,) int64, where each group ends in ``members``."""
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, group: int) -> np.ndarray:
+        """The examples of a group."""
+        return self.members[self.ends[group - 1] if group else 0 : self.ends[group]]
+
+
+def prompt_groups(examples: Sequence[Encoded]) -> Groups:
+    """Which examples have the same prompt, by token ids."""
     numbers: dict[bytes, int] = {}
     prompts = (np.asarray(e.ids[: e.prompt_len], dtype=np.int32).tobytes() for e in examples)
-    return np.array([numbers.setdefault(p, len(numbers)) for p in prompts], dtype=np.int64)
+    return groups_of(np.array([numbers.setdefault(p, len(numbers)) for p in prompts], dtype=np.int64))
+
+
+def groups_of(numbers: np.ndarray) -> Groups:
+    """Groups by the number of each example; numbers start at 0 and leave none out."""
+    return Groups(numbers, np.argsort(numbers, kind="stable"), np.bincount(numbers).cumsum())
 
 
 def step_indices(
-    n: int, *, batch: int, seed: int, step: int, shuffle: bool, groups: np.ndarray | None = None
+    n: int, *, batch: int, seed: int, step: int, shuffle: bool, groups: Groups | None = None
 ) -> np.ndarray:
     """Indices of the sequences of optimizer step ``step`` (0-based, counted over all epochs), int64.
 
-    With ``groups`` (n,) it is the groups that are shuffled, and the members inside each: siblings come one after
-    another, and only where a batch ends between them do they part.
+    With ``groups`` it is those that are shuffled, and the members inside each: siblings come one after another, and
+    only where a batch ends between them do they part.
     """
     epoch, position = divmod(step, steps_per_epoch(n, batch))
     start, end = position * batch, min((position + 1) * batch, n)
@@ -97,13 +122,10 @@ def step_indices(
         return np.arange(start, end)
     if groups is None:
         return random.permutation(n)[start:end]
-    order = random.permutation(groups.max() + 1)
-    ends = np.bincount(groups)[order].cumsum()  # of each group, in its turn
+    order = random.permutation(len(groups))
+    ends = np.diff(groups.ends, prepend=0)[order].cumsum()  # of each group, in its turn
     first, last = ends.searchsorted(start, side="right"), ends.searchsorted(end)
-    members = [
-        np.random.default_rng([seed, epoch, group]).permutation(np.flatnonzero(groups == group))
-        for group in order[first : last + 1]
-    ]
+    members = [np.random.default_rng([seed, epoch, g]).permutation(groups[g]) for g in order[first : last + 1]]
     before = ends[first - 1] if first else 0
     return np.concatenate(members)[start - before : end - before]
 
@@ -132,12 +154,13 @@ def pack(
     Micro-batches are dealt to ranks in turn; with fewer sequences than ranks some are empty.
 
     Those of one of the ``groups`` have a prompt (of ``prompt_lens``) in common and go together, at the price of one
-    prompt. A group of more than ``max_tokens`` is split, and every group is where that lets the ranks end earlier.
+    prompt. A group of more than ``max_tokens`` is split, and every group is where that lets the ranks end earlier. Each
+    sequence attends to keys of its own, so that a micro-batch has at most KEYS times ``max_tokens`` of those, too.
     Raises UserError when a sequence is longer than ``max_tokens``.
     """
     check_fits(lengths, max_tokens)
     if groups is None:
-        return _fill([(length, [i]) for i, length in enumerate(lengths)], max_tokens, world)[0]
+        return _fill([(length, length, [i]) for i, length in enumerate(lengths)], max_tokens, world)[0]
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(int(group), []).append(i)
@@ -151,38 +174,38 @@ def pack(
 
 def _units(
     groups: list[list[int]], lengths: Sequence[int], prompt_lens: Sequence[int], max_tokens: int, parts: int
-) -> list[tuple[int, list[int]]]:
-    """(tokens, members) of what is not taken apart: each group in ``parts`` parts, or more where they are too long."""
-    units: list[tuple[int, list[int]]] = []
+) -> list[tuple[int, int, list[int]]]:
+    """(tokens, keys, members) of what is not taken apart: each group in ``parts`` parts, or more where it must."""
+    units: list[tuple[int, int, list[int]]] = []
     for group in groups:
         prompt = prompt_lens[group[0]]
         for part in np.array_split(group, min(parts, len(group))):
-            tokens, members = prompt, []
+            tokens, keys, members = prompt, prompt, []
             for i in part.tolist():
                 own = lengths[i] - prompt
-                if members and tokens + own > max_tokens:
-                    units.append((tokens, members))
-                    tokens, members = prompt, []
-                tokens, members = tokens + own, [*members, i]
-            units.append((tokens, members))
+                if members and (tokens + own > max_tokens or keys + lengths[i] > KEYS * max_tokens):
+                    units.append((tokens, keys, members))
+                    tokens, keys, members = prompt, prompt, []
+                tokens, keys, members = tokens + own, keys + lengths[i], [*members, i]
+            units.append((tokens, keys, members))
     return units
 
 
-def _fill(units: list[tuple[int, list[int]]], max_tokens: int, world: int) -> tuple[list[list[list[int]]], int]:
+def _fill(units: list[tuple[int, int, list[int]]], max_tokens: int, world: int) -> tuple[list[list[list[int]]], int]:
     """Micro-batches of all ranks as ``pack`` describes, and the tokens of their longest, summed over the calls."""
     largest_first = sorted(range(len(units)), key=lambda u: (-units[u][0], u))
-    per_rank = max(1, math.ceil(sum(tokens for tokens, _ in units) / max_tokens / world))
+    per_rank = max(1, math.ceil(sum(tokens for tokens, _, _ in units) / max_tokens / world))
     while True:
         bins: list[list[int]] = [[] for _ in range(per_rank * world)]
-        loads = [0] * len(bins)
+        loads, seen = [0] * len(bins), [0] * len(bins)  # tokens, keys
         emptiest_first = [(0, number) for number in range(len(bins))]  # a heap of (tokens, number)
         for u in largest_first:
             used, number = emptiest_first[0]
-            tokens, members = units[u]
-            if used + tokens > max_tokens:
+            tokens, keys, members = units[u]
+            if used and (used + tokens > max_tokens or seen[number] + keys > KEYS * max_tokens):
                 break
             bins[number] += members
-            loads[number] = used + tokens
+            loads[number], seen[number] = used + tokens, seen[number] + keys
             heapq.heapreplace(emptiest_first, (used + tokens, number))
         else:
             ranks = [[sorted(b) for b in bins[rank::world]] for rank in range(world)]
@@ -217,20 +240,21 @@ def plan_step(
     step: int,
     shuffle: bool,
     world: int,
-    groups: np.ndarray | None = None,
+    groups: Groups | None = None,
+    share: Share | None = None,
 ) -> tuple[list[Encoded], list[list[list[int]]]]:
     """The sequences of one optimizer step and, per rank, its micro-batches as indices into them (see ``pack``).
 
-    ``groups``: of all examples, where prompts are shared (``prompt_groups``).
+    ``groups`` of all examples: shuffle those (``prompt_groups``); ``share``: and compute their prompts once.
     """
     order = {"batch": batch, "seed": seed, "step": step, "shuffle": shuffle}
     indices = step_indices(len(examples), **order, groups=groups)
     chosen = [examples[i] for i in indices]
-    return chosen, pack_examples(chosen, max_tokens, world, None if groups is None else groups[indices])
+    return chosen, pack_examples(chosen, max_tokens, world, groups.of[indices] if groups and share else None)
 
 
 def pack_examples(
-    examples: Sequence[Encoded], max_tokens: int, world: int, groups: np.ndarray | None
+    examples: Sequence[Encoded], max_tokens: int, world: int, groups: Sequence[int] | None
 ) -> list[list[list[int]]]:
     """``pack`` of encoded examples."""
     prompt_lens = [e.prompt_len for e in examples]
