@@ -214,6 +214,24 @@ def test_a_launcher_per_node_of_a_slurm_step():
     assert "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint n1:20009 --rdzv-id 9 -m tract_fast train r.yaml" in words
 
 
+def test_a_launcher_keeps_its_own_recipe(tmp_path, monkeypatch):
+    """Another one that is started in the same run.dir by mistake does not change what its ranks read at a restart."""
+    first, second = tiny_recipe(tmp_path), tiny_recipe(tmp_path, train__lr=0.5)
+    started, read = [], []
+
+    def watch(words, notes, loud):
+        started.append(words[-1])
+        if len(started) == 1:  # the second comes while the first one's ranks train
+            launch.launch(second, 2)
+        read.append(recipes.load(words[-1], []))
+        return 0
+
+    monkeypatch.setattr(launch, "watch", watch)
+    assert launch.launch(first, 2) == 0
+    assert read == [second, first]
+    assert not any(map(os.path.exists, started)), "removed at the end"
+
+
 NOTE = {"code": 1, "message": "why", "lost": False}
 LOST = {"code": 1, "message": "another rank has ended", "lost": True}
 

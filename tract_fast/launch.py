@@ -99,18 +99,18 @@ def processes(nproc: int | str) -> int:
 
 def launch(recipe: Recipe, nproc: int, nodes: bool = False) -> int:
     """Start ``nproc`` ranks here (``nodes``: as one node of a Slurm step of several) and stay until all have ended."""
-    from tract_fast.checkpoint import make_folder, replace_file
-
-    folder = Path(recipe.run.dir)
-    make_folder(folder, "run.dir")
-    replace_file(folder / "launch.yaml", recipes.dump(recipe))
-    words = command(folder / "launch.yaml", nproc, recipe.run.max_restarts, os.environ if nodes else {})
     threads = max(1, len(os.sched_getaffinity(0)) // nproc) if hasattr(os, "sched_getaffinity") else 1
     if "OMP_NUM_THREADS" not in os.environ:
         print(f"OMP_NUM_THREADS: {threads} (this node's cores over {nproc} ranks)")
-    print("launching:", shlex.join([sys.executable, "-m", "torch.distributed.run", *words]), flush=True)
-    with tempfile.TemporaryDirectory() as notes, _environment({NOTES: notes, "OMP_NUM_THREADS": str(threads)}):
-        return watch(words, Path(notes), loud=recipe.run.max_restarts > 0)
+    # not in run.dir: ranks read the recipe at each start, and another launcher may write there before it is refused
+    with tempfile.TemporaryDirectory(prefix="tract_fast_") as own:
+        resolved, notes = Path(own, "recipe.yaml"), Path(own, "notes")
+        resolved.write_text(recipes.dump(recipe), encoding="utf-8")
+        notes.mkdir()
+        words = command(resolved, nproc, recipe.run.max_restarts, os.environ if nodes else {})
+        print("launching:", shlex.join([sys.executable, "-m", "torch.distributed.run", *words]), flush=True)
+        with _environment({NOTES: str(notes), "OMP_NUM_THREADS": str(threads)}):
+            return watch(words, notes, loud=recipe.run.max_restarts > 0)
 
 
 def command(recipe: Path, nproc: int, max_restarts: int, slurm: Mapping[str, str]) -> list[str]:
