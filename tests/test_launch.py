@@ -214,6 +214,28 @@ def test_a_launcher_per_node_of_a_slurm_step():
     assert "--nnodes 4 --rdzv-backend c10d --rdzv-endpoint n1:20009 --rdzv-id 9 -m tract_fast train r.yaml" in words
 
 
+def test_notes_of_an_earlier_start_are_not_read(tmp_path, monkeypatch):
+    """Rank 0 is the cause of the first end and starts again; then rank 1 is, and only what it says counts."""
+    monkeypatch.setenv(launch.NOTES, str(tmp_path))
+
+    def at(rank, start):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(start))
+
+    at(0, 0)
+    assert launch.note(1, "the first end")
+    assert launch.read_notes(tmp_path) == {0: {"code": 1, "message": "the first end", "lost": False}}
+    at(0, 1)
+    launch.begin_note()
+    assert launch.read_notes(tmp_path) == {}, "nothing is known of an end without a note"
+    at(1, 1)
+    assert launch.note(1, "the second end")
+    assert launch.verdict({1: (1, 5)}, launch.read_notes(tmp_path)) == (1, "rank 1: the second end")
+    # another node's failure starts ranks again without counting it here
+    launch.begin_note()
+    assert launch.read_notes(tmp_path) == {}
+
+
 def test_a_launcher_keeps_its_own_recipe(tmp_path, monkeypatch):
     """Another one that is started in the same run.dir by mistake does not change what its ranks read at a restart."""
     first, second = tiny_recipe(tmp_path), tiny_recipe(tmp_path, train__lr=0.5)

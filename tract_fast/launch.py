@@ -74,6 +74,7 @@ def train(recipe: Recipe, dry_run: bool = False) -> int:
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if nproc > 1 and not launched and not dry_run:
         return launch(recipe, nproc, nodes=many_tasks)
+    begin_note()
     from tract_fast import train
 
     code = train.run(recipe, dry_run=dry_run, joined=None if dry_run else joined())
@@ -181,14 +182,26 @@ def note(code: int, message: str, *, lost: bool = False) -> bool:
     folder = os.environ.get(NOTES)
     if folder is None or "RANK" not in os.environ:
         return False
-    with contextlib.suppress(FileNotFoundError):  # the launcher is gone
-        Path(folder, os.environ["RANK"]).write_text(json.dumps({"code": code, "message": message, "lost": lost}))
+    _write_note(folder, json.dumps({"code": code, "message": message, "lost": lost}))
     return True
 
 
+def begin_note() -> None:
+    """Leave word for the launcher that this rank has started again: what was noted before is no longer true."""
+    if NOTES in os.environ and "RANK" in os.environ:
+        _write_note(os.environ[NOTES], "")
+
+
+def _write_note(folder: str, text: str) -> None:
+    with contextlib.suppress(FileNotFoundError):  # the launcher is gone
+        Path(folder, f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}_{os.environ['RANK']}").write_text(text)
+
+
 def read_notes(folder: Path) -> dict[int, dict]:
-    """The notes of the ranks, by rank."""
-    return {int(path.name): json.loads(path.read_text()) for path in folder.iterdir() if path.stat().st_size}
+    """The notes that ranks left in their last start, by rank; one that was killed before it began has none."""
+    files = [(*map(int, path.name.split("_")), path.read_text()) for path in folder.iterdir()]
+    last = max((start for start, _, _ in files), default=0)
+    return {rank: json.loads(text) for start, rank, text in files if start == last and text}
 
 
 def verdict(ends: Mapping[int, tuple[int, int]], notes: Mapping[int, dict]) -> tuple[int, str]:
