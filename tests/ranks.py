@@ -6,7 +6,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tract_fast import optim, shard, train
+from tract_fast import checkpoint, model, optim, shard, train
 from tract_fast.data import batch as batches
 from tract_fast.errors import UserError
 from tract_fast.launch import Joined
@@ -27,11 +27,12 @@ WORLD = 2
 
 @dataclass(frozen=True)
 class Task:
-    """``work(*arguments, joined)`` on both ranks; its result, or its error as text, is found under ``name``."""
+    """``work(*arguments, **options, joined)`` on both ranks; its error, as text, is found under ``name``."""
 
     name: str
     work: Callable
     arguments: tuple
+    options: dict = field(default_factory=dict)
 
 
 def on_two_ranks(tasks: Sequence[Task], folder: Path) -> dict[str, str]:
@@ -51,7 +52,7 @@ def _rank(rank: int, tasks: Sequence[Task], ports: Sequence[int], folder: Path) 
     for task, port in zip(tasks, ports, strict=True):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
         try:
-            task.work(*task.arguments, joined=Joined(rank, rank, WORLD, "test"))
+            task.work(*task.arguments, **task.options, joined=Joined(rank, rank, WORLD, "test"))
         except Exception:  # of any kind: the test that reads the file fails with it, and other tasks still run
             (folder / f"{task.name}.{rank}.error").write_text(traceback.format_exc())
 
@@ -94,6 +95,41 @@ def run_apart(*recipes: Recipe, joined: Joined) -> None:
     """A run whose ranks have folders of their own must be refused on all of them."""
     with pytest.raises(UserError, match=r"run.dir = .* is not the same folder on all nodes \(1 of 2 ranks"):
         train.run(recipes[joined.rank], joined=joined)
+
+
+def run_unlike(*recipes: Recipe, told: str, joined: Joined) -> None:
+    """A run whose ranks were given different things must be refused on all of them, with the difference."""
+    with pytest.raises(UserError, match=rf"rank 1 \(on .*\) would train something else than rank 0 .*: {told}"):
+        train.run(recipes[joined.rank], joined=joined)
+
+
+def start_of_main(run_dir: Path, *, joined: Joined) -> None:
+    """A rank whose node does not see the newest checkpoint yet goes on from it all the same."""
+    found = checkpoint.latest(run_dir)
+    with shard.start_ranks(joined) as ranks:
+        assert train.agreed(found if ranks.is_main else None, run_dir, ranks) == found
+        assert train.agreed(None if ranks.is_main else found, run_dir, ranks) is None
+
+
+def files_of_main(recipe: Recipe, *, joined: Joined) -> None:
+    """Where one rank has no safetensors files, or a damaged one, it is so for all."""
+    real, lines = model.weight_files, []
+    with shard.start_ranks(joined) as ranks:
+        data = prepare(recipe, lambda text: None)
+
+        def build(files: list[Path] | None) -> None:
+            model.weight_files = lambda settings: real(settings) if ranks.is_main else files
+            model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, lines.append)
+
+        try:
+            build(None)
+            assert "weights: rank 0 reads the whole model (rank 1: there are no safetensors files)" in lines
+            damaged = Path(recipe.run.dir + ".safetensors")
+            damaged.write_bytes(b"torn")
+            with pytest.raises(UserError, match=r"rank 1: .* is damaged or cut short"):
+                build([damaged])
+        finally:
+            model.weight_files = real
 
 
 def scoreless_gradients(recipe: Recipe, file: Path, *, joined: Joined | None = None) -> None:

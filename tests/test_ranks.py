@@ -8,7 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.ranks import Task, on_two_ranks, run, run_apart, scoreless_gradients, trained_steps
+from tests.ranks import (
+    Task,
+    files_of_main,
+    on_two_ranks,
+    run,
+    run_apart,
+    run_unlike,
+    scoreless_gradients,
+    start_of_main,
+    trained_steps,
+)
 from tests.tiny_runs import metrics, save_model, tiny_recipe, write_data
 from tract_fast import checkpoint, train
 from tract_fast.attention import DOCUMENTS
@@ -63,6 +73,8 @@ def pair(tmp_path_factory):
     several = tiny_recipe(folder, data__train=str(thrice(folder)), train__batch=7)
     tasks += [Task("shared-prompts", trained_steps, (several, folder / "shared-prompts.two"))]
     tasks += [Task("apart", run_apart, tuple(tiny_recipe(folder, f"apart-{i}") for i in range(2)))]
+    tasks += unlike(folder)
+    tasks += [Task("files-of-main", files_of_main, (tiny_recipe(folder, "files-of-main"),))]
     half = {**RUN, "train__max_steps": 4}
     for name, more in (
         ("plain", {}),
@@ -74,6 +86,7 @@ def pair(tmp_path_factory):
             Task(f"{name}-half", run, (tiny_recipe(folder, f"{name}-parts", **{**half, **more}),)),
             Task(f"{name}-rest", run, (tiny_recipe(folder, f"{name}-parts", **RUN, **more),)),
         ]
+    tasks += [Task("start-of-main", start_of_main, (folder / "plain-parts",))]
     # 1 -> 2: the first half was done by one rank
     assert train.run(tiny_recipe(folder, "one-two", **half)) == 0
     tasks += [Task("one-two", run, (tiny_recipe(folder, "one-two", **RUN, shard__replicate=2),))]
@@ -83,6 +96,31 @@ def pair(tmp_path_factory):
     middle = tiny_recipe(folder, "two-one-two", **{**RUN, "train__max_steps": 6})
     assert "two-one-two" in failed or train.run(middle) == 0
     return folder, failed
+
+
+def unlike(folder):
+    """Runs whose second rank has something else than the first, and how that is told."""
+    one = tiny_recipe(folder, "unlike")
+    save_model(folder / "theirs", seed=1)
+    config = json.loads((folder / "theirs" / "config.json").read_text())
+    (folder / "theirs" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    save_model(folder / "longer")
+    weights = load_file(folder / "longer" / "model.safetensors")
+    save_file({**weights, "another": torch.zeros(1)}, folder / "longer" / "model.safetensors", {"format": "pt"})
+    data = write_data(folder / "theirs.jsonl", seed=1)
+    others = {
+        "setting": ({"train__lr": 0.5, "run__nproc": 2}, "train.lr is 0.5 and not 0.001: give every node"),
+        "data": (
+            {"data__train": str(data)},
+            "data.train is .*; training data is",
+        ),
+        "configuration": ({"model__path": str(folder / "theirs")}, "model.path is .*; model configuration is"),
+        "files": ({"model__path": str(folder / "longer")}, "model.path is .*; model file model.safetensors is"),
+    }
+    return [
+        Task(f"unlike-{name}", run_unlike, (one, tiny_recipe(folder, "unlike", **changes)), {"told": told})
+        for name, (changes, told) in others.items()
+    ]
 
 
 def renamed(folder):
@@ -159,6 +197,19 @@ def test_a_run_dir_that_ranks_do_not_share_is_refused(pair):
     folder, failed = pair
     assert "apart" not in failed, failed["apart"]
     assert not (folder / "apart-0" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["setting", "data", "configuration", "files"])
+def test_ranks_that_would_train_different_things_are_refused(pair, what):
+    folder, failed = pair
+    assert f"unlike-{what}" not in failed, failed[f"unlike-{what}"]
+    assert not (folder / "unlike" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("what", ["start", "files"])
+def test_what_the_main_rank_has_found_is_so_for_all(pair, what):
+    _, failed = pair
+    assert f"{what}-of-main" not in failed, failed[f"{what}-of-main"]
 
 
 @pytest.mark.soak

@@ -35,14 +35,23 @@ class Prepared:
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the training examples in order, to tell whether a resumed run sees the same data."""
-        digest = hashlib.sha256()
-        for e in self.train:
-            digest.update(json.dumps([e.id, len(e.ids), e.score, e.weight]).encode())
-            digest.update(e.ids.tobytes())
-        return digest.hexdigest()[:16]
+        return _fingerprint(self.train)
+
+    @property
+    def held_out_fingerprint(self) -> str:
+        """The same of the held-out examples, to tell whether all ranks evaluate on the same."""
+        return _fingerprint(self.held_out)
 
     def write_left_out(self, path: Path) -> None:
         path.write_text("".join(json.dumps(entry) + "\n" for entry in self.left_out), encoding="utf-8")
+
+
+def _fingerprint(examples: list[Encoded]) -> str:
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(json.dumps([e.id, len(e.ids), e.score, e.weight]).encode())
+        digest.update(e.ids.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tract_fast import (
+    alike,
     checkpoint,
     estimate,
     evaluate,
@@ -114,6 +115,7 @@ def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> 
         if recipe.model.dtype == "bfloat16" and perf.slow_bfloat16(ranks.device):
             say("warning: model.dtype = bfloat16 is slow here (a CPU without 16-bit products): try float32")
         with shard.peers_watched(ranks):
+            alike.check_alike(recipe, data, ranks)
             nothing_yet = (torch.nn.Module(), None, "while the model was loaded")
             with memory.watched(recipe, data.config, data.train, ranks.world, *nothing_yet):
                 job = assemble(recipe, ranks, data, say)

@@ -85,15 +85,19 @@ def fill(
     kept = {name: b.detach().clone() for name, b in lm.named_buffers() if not b.is_meta}
     _give_storage(lm, torch.device("cpu") if offload else device)
     targets = {name.replace(".base_layer", ""): t for name, t in _tensors(lm) if name not in kept}
-    obstacle = "there are no safetensors files"
+    stored, obstacle, damage = None, "there are no safetensors files", ""
     if files:
         try:
             stored = Stored(files)
             obstacle = _obstacle(stored, targets, buffers)
         except SafetensorError as error:
-            raise UserError(f"{files[0].parent}: a .safetensors file is damaged or cut short: {error}") from error
-        except ValueError as error:
+            damage = f"{files[0].parent}: a .safetensors file is damaged or cut short: {error}"
+        except (ValueError, FileNotFoundError) as error:
             obstacle = str(error)
+    # what one rank has met is so for all: the two ways of reading are not the same calls
+    obstacle, damage = _of_any_rank(obstacle), _of_any_rank(damage)
+    if damage:
+        raise UserError(damage)
     if obstacle:
         say(f"weights: rank 0 reads the whole model ({obstacle})")
         _from_main(whole, targets)
@@ -110,6 +114,16 @@ def fill(
     for module in lm.modules():
         for name, value in module.named_buffers(recurse=False):
             setattr(module, name, value.to(device))
+
+
+def _of_any_rank(text: str) -> str:
+    """What the first rank that has something to say does, on every rank; empty where none has."""
+    if not dist.is_initialized():
+        return text
+    texts: list = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    rank, told = next(((rank, text) for rank, text in enumerate(texts) if text), (0, ""))
+    return told if len(set(texts)) == 1 else f"rank {rank}: {told}"
 
 
 def _give_storage(lm: nn.Module, device: torch.device) -> None:
