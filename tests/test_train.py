@@ -158,6 +158,30 @@ def test_a_stop_does_not_lose_an_evaluation(tmp_path, step):
     assert metrics(tmp_path / "run") == before, "nothing to do"
 
 
+@pytest.mark.parametrize("step", [0, 3, 6])
+def test_a_stop_in_an_evaluation_abandons_it(tmp_path, monkeypatch, step):
+    """Before the first step, in the midst, after the last: the state is saved, and the next start evaluates."""
+    settings = {"train__eval_every": 3, "train__max_tokens": 70}  # several micro-batches of held-out examples
+    assert train.run(tiny_recipe(tmp_path, "whole", **settings)) == 0
+    recipe, forward, seen = tiny_recipe(tmp_path, **settings), model.TractModel.forward, []
+
+    def forward_then_signal(self, batch):
+        if not torch.is_grad_enabled():
+            seen.append(len(metrics(tmp_path / "run")))
+            if seen.count(seen[-1]) == 2 and sum("loss" in x for x in metrics(tmp_path / "run")) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model.TractModel, "forward", forward_then_signal)
+        assert train.run(recipe) == 75
+    assert seen.count(seen[-1]) == 2 and not any(x["step"] == step and "eval" in x for x in metrics(tmp_path / "run"))
+    found = checkpoint.latest(tmp_path / "run")
+    assert found is None if step == 0 else found.name == f"step_{step:06d}"
+    assert train.run(recipe) == 0
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+
+
 def stop_after(recipe, step):
     """Run until ``step`` steps are done, then as a SIGTERM would end it."""
     taken = train.train_step

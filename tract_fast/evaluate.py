@@ -211,13 +211,19 @@ def show(metrics: dict[str, Any], out: Path) -> None:
 
 @torch.no_grad()
 def held_out_metrics(
-    model: TractModel, examples: Sequence[Encoded], recipe: Recipe, ranks: Ranks, share: Share | None = None
-) -> dict:
+    model: TractModel,
+    examples: Sequence[Encoded],
+    recipe: Recipe,
+    ranks: Ranks,
+    share: Share | None = None,
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict | None:
     """Metrics on given rationales: the expected score after each, against that example's own score.
 
     Returns pearson, spearman, rmse, mae, ce (mean over tokens, natural log), score_mass (mean vocabulary probability
     on the score tokens) and n; None where a value is undefined or not finite. Every rank must call it; the
-    micro-batches are the same at every step. ``share``: what is shared, as in training.
+    micro-batches are the same at every step. ``share``: what is shared, as in training. ``stopping`` is asked before
+    each micro-batch, must say the same on all ranks, and ends the evaluation without a result.
     """
     score_ce = recipe.loss.score_ce
     norm = batches.normalizer(examples, ce_weight=1.0, regression_weight=1.0, score_ce=score_ce, ce_reduction="token")
@@ -227,7 +233,10 @@ def held_out_metrics(
     ce_sum = torch.zeros(1, dtype=torch.float64, device=ranks.device)
     was_training = model.training
     model.eval()
+    abandoned = False
     for chosen in mine:
+        if abandoned := stopping():
+            break
         part = [examples[i] for i in chosen]
         batch = batches.collate(part, norm, score_ce=score_ce, share=share).to(ranks.device)
         out = model(batch)
@@ -236,6 +245,8 @@ def held_out_metrics(
         ce_sum += out.nll.double().sum()
     model.train(was_training)
     reshard(model)
+    if abandoned:
+        return None
     return _metrics(all_sum(found).cpu(), all_sum(ce_sum).item(), examples, score_ce)
 
 

@@ -232,7 +232,10 @@ def loop(job: Job, done: int) -> int:
         # a stop leaves an evaluation that is due to the next start; the main rank's file decides for all
         seen = ranks.is_main and log.has_evaluation(job.run_dir / "metrics.jsonl", done)
         if not shard.all_sum(torch.tensor(float(seen), device=ranks.device)).item():
-            evaluate_if_due(job, done, out)
+            stopping = evaluate_if_due(job, done, out, stop)
+            if stopping:
+                out.say(f"stopped before step {done + 1}; the same command goes on from here")
+                return stopping
         if done >= job.total:
             out.say(f"nothing to do: {done} steps are done; raise train.max_steps or train.epochs to go on")
             return 0
@@ -247,7 +250,7 @@ def loop(job: Job, done: int) -> int:
             if unsaved:
                 settle(job, saver, out)
             if not stopping:
-                evaluate_if_due(job, step + 1, out)
+                stopping = evaluate_if_due(job, step + 1, out, stop)
             if last or stopping or (step + 1) % recipe.checkpoint.every == 0:
                 save(job, saver, step + 1, out)
             if last or stopping:
@@ -261,15 +264,24 @@ def loop(job: Job, done: int) -> int:
     return 0
 
 
-def evaluate_if_due(job: Job, done: int, out: log.RunLog) -> None:
-    """Held-out metrics before the first step, after the last, and every ``train.eval_every``."""
+def evaluate_if_due(job: Job, done: int, out: log.RunLog, stop: StopSignal) -> int:
+    """Held-out metrics before the first step, after the last, and every ``train.eval_every``. Returns the exit code
+    where a signal to any rank has ended the evaluation, which is then due at the next start; else 0."""
     every = job.recipe.train.eval_every
-    if job.data.held_out and (done in (0, job.total) or (every and done % every == 0)):
-        out.evaluating(len(job.data.held_out))
-        what = job.model, job.data.held_out, job.recipe, job.ranks, job.sharing.share
-        with job.memory_watched(f"in the evaluation after step {done}"):
-            found = evaluate.held_out_metrics(*what)
-        out.evaluation(done, found)
+    if not (job.data.held_out and (done in (0, job.total) or (every and done % every == 0))):
+        return 0
+
+    def stopping() -> bool:  # over gloo, which does not wait for what is queued on a GPU
+        return shard.all_sum(torch.tensor(float(stop.received is not None))).item() > 0
+
+    out.evaluating(len(job.data.held_out))
+    what = job.model, job.data.held_out, job.recipe, job.ranks, job.sharing.share, stopping
+    with job.memory_watched(f"in the evaluation after step {done}"):
+        found = evaluate.held_out_metrics(*what)
+    if found is None:
+        return STOPPED[stop.received or signal.SIGTERM]
+    out.evaluation(done, found)
+    return 0
 
 
 def save(job: Job, saver: Saver, step: int, out: log.RunLog) -> None:
