@@ -1,14 +1,18 @@
 """Memory that really runs out: one message that says what was held and what would help."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import memory, recipe as recipes
+from tract_fast import checkpoint, memory, recipe as recipes, resume
+from tract_fast.errors import UserError
 from tract_fast.prepare import prepare
 
 RUN = """
@@ -51,9 +55,52 @@ def test_remedies_are_real(tmp_path):
     before = memory.total(recipe, data.config, data.train, 1)
     for _, changed, ranks in memory.changes(recipe, longest, 1):
         assert memory.total(changed, data.config, data.train, ranks) <= before
+    told = memory.remedies(recipe, data, 1)
+    assert "GiB less), train.max_tokens" in told and told.endswith("; another result: in another run.dir)")
     names = [setting.split()[0] for setting, *_ in memory.changes(recipe, longest, 1)]
     assert names[0] == "train.activation_checkpointing" and names[-1] == "lora.rank"
     assert all(name in recipes.FIELDS for name in names if "." in name)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "sampled"])
+def test_a_run_can_go_on_with_what_would_help(tmp_path, monkeypatch, gradient):
+    """Whatever is advised and not said to need another run.dir, a run that has a checkpoint may change."""
+    settings = {"shard__replicate": 2, "shard__reshard_after_forward": False, "loss__gradient": gradient}
+    recipe = tiny_recipe(tmp_path, **settings, loss__implementation="reference" if gradient == "exact" else "auto")
+    first = checkpoint.folder(tmp_path / "run") / "step_000001"
+    first.mkdir(parents=True)
+    (first / "state.json").write_text(json.dumps({"step": 1, "fingerprint": "", "template": False}))
+    (first.parent / "latest").write_text(first.name)
+    (tmp_path / "run" / "recipe.yaml").write_text(recipes.dump(recipe))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    offered = {setting: changed for setting, changed, _ in memory.changes(recipe, 100, 2)}
+    needs_another = {"data.share_prompts off", "lora.rank 8 (adapters instead of all weights)"}
+    if gradient == "sampled":
+        needs_another.add("train.max_tokens 100")
+    assert len(offered) == (9 if gradient == "exact" else 8)
+    for setting, changed in offered.items():
+        if setting in needs_another:
+            with pytest.raises(UserError, match="of another recipe"):
+                resume.resume_point(changed)
+        else:
+            assert resume.resume_point(changed) == first, setting
+
+
+def test_advice_fits_the_longest_example_of_all(tmp_path):
+    """train.max_tokens must hold held-out examples too, else the run would be refused at its start."""
+    recipe = big(tmp_path)
+    data = prepare(recipe, lambda text: None)
+    long = replace(data.train[0], ids=np.zeros(500, dtype=np.int64))
+    assert "train.max_tokens 500 " in memory.remedies(recipe, replace(data, held_out=[long]), 1)
+
+
+def test_sharing_off_where_it_takes_memory(tmp_path):
+    """The keys that siblings gather are many where their prompt is long and they are short."""
+    plain = big(tmp_path)
+    path = write_data(tmp_path / "siblings.jsonl", n=2000, siblings=20)
+    recipe = replace(plain, data=replace(plain.data, train=str(path)), train=replace(plain.train, max_tokens=2000))
+    told = memory.remedies(recipe, prepare(recipe, lambda text: None), 1)
+    assert re.search(r"data.share_prompts off \(about [^)]*; another result: in another run.dir\)", told), told
 
 
 def test_sharding_divides_weights_and_state(tmp_path):
@@ -73,6 +120,6 @@ def test_other_errors_pass(tmp_path, error):
     optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
     with (
         pytest.raises(type(error), match=str(error)),
-        memory.watched(recipe, data.config, data.train, 1, torch.nn.Linear(2, 2), optimizer, "here"),
+        memory.watched(recipe, data, 1, torch.nn.Linear(2, 2), optimizer, "here"),
     ):
         raise error

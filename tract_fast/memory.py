@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tract_fast import estimate, perf
+from tract_fast import estimate, perf, resume
 from tract_fast.data.prompt import Encoded
 from tract_fast.errors import RunStopped
 from tract_fast.model import choose_attention
+from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
 from tract_fast.shard import local_device
 from tract_fast.sharing import choose_sharing
@@ -30,9 +31,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def watched(
-    recipe: Recipe, config, examples: Sequence[Encoded], world: int, model: nn.Module, optimizer, doing: str
-) -> Iterator[None]:
+def watched(recipe: Recipe, data: Prepared, world: int, model: nn.Module, optimizer, doing: str) -> Iterator[None]:
     """Raise RunStopped where memory runs out inside, with what was held and the settings that would help, in order."""
     try:
         yield
@@ -43,7 +42,7 @@ def watched(
         held = ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in holdings(model, optimizer).items())
         told = [f"out of memory {doing} ({asked}); held: {held}"]
         told += [write_snapshot(Path(recipe.run.dir))] if recipe.run.memory_snapshot else []
-        raise RunStopped("; ".join([*told, remedies(recipe, config, examples, world)])) from error
+        raise RunStopped("; ".join([*told, remedies(recipe, data, world)])) from error
 
 
 def holdings(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
@@ -69,17 +68,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
-def remedies(recipe: Recipe, config, examples: Sequence[Encoded], world: int) -> str:
-    """The settings that lower the estimate, those first that leave the result as it is, each with what it saves."""
-    now = total(recipe, config, examples, world)
-    lines = []
-    for setting, changed, ranks in changes(recipe, max(len(e.ids) for e in examples), world):
-        saved = now - total(changed, config, examples, ranks)
-        if saved > 0.01 * now:
-            lines.append(f"{setting} (about {saved / GIB:.2f} of {now / GIB:.2f} GiB less)")
-    return (
-        f"what would help, in this order: {', '.join(lines)}" if lines else "no setting would help much: a larger GPU"
-    )
+def remedies(recipe: Recipe, data: Prepared, world: int) -> str:
+    """The settings that lower the estimate, each with what it saves: those first that leave the result as it is, which
+    a run that has a checkpoint can go on with."""
+    now = total(recipe, data.config, data.train, world)
+    same, other = [], []
+    longest = max(len(e.ids) for e in [*data.train, *data.held_out])
+    for setting, changed, ranks in changes(recipe, longest, world):
+        saved = now - total(changed, data.config, data.train, ranks)
+        if saved <= 0.01 * now:
+            continue
+        told = f"about {saved / GIB:.2f} of {now / GIB:.2f} GiB less"
+        if resume.refused(recipe, changed):
+            other.append(f"{setting} ({told}; another result: in another run.dir)")
+        else:
+            same.append(f"{setting} ({told})")
+    lines = ", ".join(same + other)
+    return f"what would help, in this order: {lines}" if lines else "no setting would help much: a larger GPU"
 
 
 def changes(recipe: Recipe, longest: int, world: int) -> Iterator[tuple[str, Recipe, int]]:
@@ -102,6 +107,8 @@ def changes(recipe: Recipe, longest: int, world: int) -> Iterator[tuple[str, Rec
     yield f"{2 * world} ranks (run.nproc, or more nodes)", recipe, 2 * world
     if not split.cpu_offload and torch.cuda.is_available():
         yield "shard.cpu_offload true", changed("shard", cpu_offload=True), world
+    if recipe.data.share_prompts != "off":  # of what is shared, keys and values are gathered for each sequence
+        yield "data.share_prompts off", changed("data", share_prompts="off"), world
     if recipe.lora.rank == 0:
         yield "lora.rank 8 (adapters instead of all weights)", changed("lora", rank=8), world
 

@@ -32,6 +32,7 @@ from tract_fast import (
     optim,
     perf,
     recipe as recipes,
+    resume,
     shard,
     sharing,
 )
@@ -45,18 +46,6 @@ from tract_fast.prepare import Prepared, prepare
 from tract_fast.recipe import Recipe
 from tract_fast.saver import Saver
 from tract_fast.shard import Ranks
-
-# settings a resumed run may change
-FREE_ON_RESUME = (
-    "train.max_steps",
-    "train.epochs",
-    "checkpoint.",
-    "shard.",
-    "generate.",
-    "stage2.",
-    "evaluate.",
-    "run.",
-)
 
 
 @dataclass
@@ -79,8 +68,7 @@ class Job:
 
     def memory_watched(self, doing: str) -> contextlib.AbstractContextManager:
         """Tell what is held and what would help where memory runs out inside."""
-        data, world = self.data, self.ranks.world
-        return memory.watched(self.recipe, data.config, data.train, world, self.model, self.optimizer, doing)
+        return memory.watched(self.recipe, self.data, self.ranks.world, self.model, self.optimizer, doing)
 
 
 def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> int:
@@ -94,7 +82,7 @@ def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> 
     for warning in recipe.warnings():
         say(f"warning: {warning}")
     log.check_trackers(recipe.train.trackers)
-    start = resume_point(recipe)
+    start = resume.resume_point(recipe)
     if dry_run:
         estimate.show(recipe, prepare(recipe, say), start)
         return 0
@@ -117,7 +105,7 @@ def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> 
         with shard.peers_watched(ranks):
             alike.check_alike(recipe, data, ranks)
             nothing_yet = (torch.nn.Module(), None, "while the model was loaded")
-            with memory.watched(recipe, data.config, data.train, ranks.world, *nothing_yet):
+            with memory.watched(recipe, data, ranks.world, *nothing_yet):
                 job = assemble(recipe, ranks, data, say)
             done = restore(job, agreed(start, run_dir, ranks), say)
             if ranks.is_main:
@@ -154,26 +142,6 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
     return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, shared, work, peak)
 
 
-def resume_point(recipe: Recipe) -> Path | None:
-    """The checkpoint to go on from, or None. Raises UserError where it belongs to another recipe."""
-    run_dir = Path(recipe.run.dir)
-    found = checkpoint.latest(run_dir)
-    if found is None:
-        return None
-    if recipe.run.resume == "never":
-        raise UserError(f"run.resume = never, and run.dir = {run_dir} holds {found.name}: choose another run.dir")
-    before = recipes.flatten(recipes.as_dict(recipes.load(run_dir / "recipe.yaml", [])))
-    now = recipes.flatten(recipes.as_dict(recipe))
-    changed = [k for k in now if now[k] != before.get(k) and not k.startswith(FREE_ON_RESUME)]
-    if changed:
-        details = "; ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in changed)
-        raise UserError(f"run.dir = {run_dir} holds {found.name} of another recipe ({details}): choose another run.dir")
-    done, steps = checkpoint.progress(found).step, recipe.train.max_steps
-    if steps is not None and steps < done:
-        raise UserError(f"train.max_steps = {steps}: run.dir = {run_dir} has {done} steps; write {done} or more")
-    return found
-
-
 def agreed(start: Path | None, run_dir: Path, ranks: Ranks) -> Path | None:
     """The main rank's ``start``: another node's view of the pointer may be older."""
     step = torch.tensor([-1 if start is None else checkpoint.progress(start).step])
@@ -191,8 +159,10 @@ def restore(job: Job, start: Path | None, say: Callable[[str], None]) -> int:
             f"data.train = {job.recipe.data.train} is not what {start} was trained on: choose another run.dir"
         )
     say(f"resume: going on after step {progress.step} from {start}")
-    before = recipes.load(job.run_dir / "recipe.yaml", []).train
-    now = job.recipe.train
+    before = recipes.load(job.run_dir / "recipe.yaml", [])
+    for changed in resume.announced(before, job.recipe):
+        say(f"resume: {changed}")
+    before, now = before.train, job.recipe.train
     if (before.max_steps, before.epochs) != (now.max_steps, now.epochs) and now.schedule != "constant":
         say(f"resume: the {now.schedule} schedule is now over {job.total} steps, so the learning rate jumps")
     return progress.step
