@@ -1,5 +1,6 @@
 """Checkpoints that survive, and exports that plain transformers and peft load."""
 
+import errno
 import json
 import os
 import pickle
@@ -33,8 +34,9 @@ def test_only_the_newest_are_kept(tmp_path):
 
 @pytest.mark.parametrize("moment", ["rename", "pointer"])
 def test_killed_while_committing(tmp_path, monkeypatch, moment):
-    """Death just before the rename, and between rename and pointer: the previous checkpoint is what a resume finds."""
-    recipe = tiny_recipe(tmp_path, checkpoint__every=2)
+    """Death just before the rename, and between rename and pointer: the previous checkpoint is what a resume finds,
+    even where only one is kept."""
+    recipe = tiny_recipe(tmp_path, checkpoint__every=2, checkpoint__keep_last=1)
     real = {"rename": os.rename, "pointer": os.replace}[moment]
 
     class Killed(BaseException):
@@ -145,6 +147,27 @@ def test_which_checkpoints_go(tmp_path, metric, best):
     scores = {1: 0.1, 2: 0.9, 3: None, 9: 5.0}
     gone = {int(p.name[-6:]) for p in saver.outdated(tmp_path, 4, settings, scores)}
     assert gone == {1, 2, 3, 9} - {best}, "step 9 is of a run that was killed; a step without a value is no candidate"
+
+
+def test_one_that_cannot_be_deleted_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
+    """As where another machine holds a file of it open on NFS: a warning, and the next save deletes it."""
+    real, busy = shutil.rmtree, []
+
+    def not_empty(path, ignore_errors=False, **options):
+        if "step_000001" in str(path) and len(busy) < 2:
+            busy.append(path)
+            if ignore_errors:
+                return
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        real(path, ignore_errors=ignore_errors, **options)
+
+    monkeypatch.setattr(saver.shutil, "rmtree", not_empty)
+    recipe = tiny_recipe(tmp_path, checkpoint__every=1, checkpoint__keep_last=1, train__max_steps=4)
+    assert train.run(recipe) == 0
+    told = capsys.readouterr().out
+    assert told.count("step_000001 could not be deleted ([Errno 39] Directory not empty): the next save tries") == 1
+    assert len(busy) == 2, "the deletion, and the save after it"
+    assert sorted(p.name for p in checkpoint.folder(tmp_path / "run").iterdir()) == ["latest", "step_000004"]
 
 
 def test_nothing_in_a_checkpoint_is_run(tmp_path):

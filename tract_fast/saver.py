@@ -114,13 +114,15 @@ class Saver:
         try:
             self._together(lambda: self._make(partial), main_only=True)
             self._together(lambda: (shards.write(file, copied), make_readable(file)))
-            self._together(lambda: self._commit(partial, final, progress, scores), main_only=True)
+            self._together(lambda: self._commit(partial, final, progress), main_only=True)
         except OSError as error:
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(f"checkpoint of step {progress.step} could not be written: {error}") from error
         seconds = time.perf_counter() - began
         self.told.append(f"checkpoint: {final} (training held {held:.2f} s, whole after {seconds:.2f} s)")
+        if self.rank == 0:
+            self._retain(progress.step, scores)
 
     def _together(self, work, main_only: bool = False) -> None:
         """Do ``work`` and wait until all ranks have; raises OSError on all where it failed on one."""
@@ -141,19 +143,35 @@ class Saver:
                 raise OSError(where + bytes(row[row != 0].tolist()).decode(errors="replace"))
 
     def _make(self, partial: Path) -> None:
-        for left in self.checkpoints.glob("step_*.tmp"):  # by a run that was killed
+        for left in self.checkpoints.glob("step_*.tmp"):  # by a run that was killed, or ``set_aside``
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
 
-    def _commit(self, partial: Path, final: Path, progress: Progress, scores: dict[int, float | None]) -> None:
+    def _commit(self, partial: Path, final: Path, progress: Progress) -> None:
         replace_file(partial / "state.json", json.dumps(asdict(progress) | {"world": self.world}))
         if final.exists():  # an earlier run was stopped between rename and pointer
-            shutil.rmtree(final)
+            shutil.rmtree(set_aside(final), ignore_errors=True)
         os.rename(partial, final)
         flush(final.parent)
         replace_file(final.parent / "latest", final.name + "\n")
-        for path in outdated(final.parent, progress.step, self.settings, scores):
-            shutil.rmtree(path)
+
+    def _retain(self, step: int, scores: dict[int, float | None]) -> None:
+        """Delete what is not to be kept; ``latest`` names the new checkpoint by now. One that cannot be deleted costs
+        space, not the run."""
+        for path in outdated(self.checkpoints, step, self.settings, scores):
+            try:
+                shutil.rmtree(set_aside(path))
+            except OSError as error:
+                reason = one_line(error)
+                self.told.append(f"warning: {path} could not be deleted ({reason}): the next save tries again")
+
+
+def set_aside(path: Path) -> Path:
+    """Take a checkpoint's name from it before it is deleted, so that none is ever there in part; the next save deletes
+    what is left under the name it has then."""
+    aside = path.with_suffix(".old.tmp")
+    os.rename(path, aside)
+    return aside
 
 
 def outdated(checkpoints: Path, step: int, settings: Checkpoint, scores: Mapping[int, float | None]) -> list[Path]:
