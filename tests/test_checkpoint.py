@@ -97,6 +97,37 @@ def test_a_failed_write_may_be_skipped(tmp_path, capsys):
     assert not list(checkpoint.folder(tmp_path / "run").glob("*.tmp"))
 
 
+@pytest.mark.parametrize("place", ["part", "write"], ids=["the copy", "the thread"])
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+    ids=["Python's", "PyTorch's"],
+)
+def test_memory_that_runs_out_while_saving(tmp_path, monkeypatch, capsys, place, error):
+    """It is a checkpoint that could not be written, told with what would help; the one before is whole."""
+    recipe = tiny_recipe(tmp_path, checkpoint__every=2)
+    assert train.run(tiny_recipe(tmp_path, checkpoint__every=2, train__max_steps=2)) == 0
+    real, tries = getattr(saver.shards, place), []
+
+    def runs_out(*arguments, **options):
+        if place == "part" and "is_main" not in options:  # reading asks for parts too
+            return real(*arguments)
+        tries.append(1)
+        if len(tries) == 1:
+            raise error
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(saver.shards, place, runs_out)
+    told = r"checkpoint of step 4 could not be written: out of memory \(.*\): the host holds a copy .*; step_000002 is"
+    with pytest.raises(RunStopped, match=told):
+        train.run(recipe)
+    assert checkpoint.latest(tmp_path / "run").name == "step_000002"
+    tries.clear()
+    assert train.run(tiny_recipe(tmp_path, checkpoint__every=2, checkpoint__on_error="skip")) == 0
+    assert "warning: checkpoint of step 4 could not be written: out of memory" in capsys.readouterr().out
+    assert checkpoint.latest(tmp_path / "run").name == "step_000006"
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """Its write is held up until two more steps are done; what it holds is the state of its own step, bit for bit."""
     write, step, go_on = saver.shards.write, train.train_step, threading.Event()

@@ -33,11 +33,13 @@ from tract_fast.checkpoint import (
     written,
 )
 from tract_fast.errors import RunStopped
+from tract_fast.memory import ran_out
 from tract_fast.model import TractModel
 from tract_fast.sections import LOWER_IS_BETTER, Checkpoint
 
 LONGEST_WRITE = timedelta(hours=2)  # that ranks wait for the slowest disk
-MESSAGE = 400  # bytes of a rank's reason that the others learn
+MORE_MEMORY = "the host holds a copy of what is saved; end what else takes its memory, or use more nodes"
+MESSAGE = 500  # bytes of a rank's reason that the others learn
 
 
 class Saver:
@@ -77,15 +79,25 @@ class Saver:
         """
         self.wait()
         began = time.perf_counter()
+        try:
+            copied: dict[str, shards.Part] | BaseException = self._copy(model, optimizer)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            copied = error.with_traceback(None)  # which holds what was copied; the thread tells the other ranks
+        held = time.perf_counter() - began
+        arguments = (copied, progress, dict(scores), began, held)
+        self.thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _copy(self, model: TractModel, optimizer: torch.optim.Optimizer) -> dict[str, shards.Part]:
+        """In host memory: the rows that this rank writes."""
         copied = {}
         for name, tensor in training_state(model, optimizer).items():
             mine = shards.part(tensor, is_main=self.rank == 0)
             if mine.writes and mine.local.numel():
                 copied[name] = mine._replace(local=mine.local.detach().to("cpu", copy=True).contiguous())
-        held = time.perf_counter() - began
-        arguments = (copied, progress, dict(scores), began, held)
-        self.thread = threading.Thread(target=self._run, args=arguments, name="checkpoint", daemon=True)
-        self.thread.start()
+        return copied
 
     def wait(self) -> None:
         """Until the last write is whole. Raises OSError where it came to nothing: the one before is whole then."""
@@ -107,13 +119,13 @@ class Saver:
         except BaseException as error:  # of a thread: the loop raises it at its next step
             self.error = error
 
-    def _write(self, copied: dict, progress: Progress, scores: dict, began: float, held: float) -> None:
+    def _write(self, copied: dict | BaseException, progress: Progress, scores: dict, began: float, held: float) -> None:
         final = self.checkpoints / f"step_{progress.step:06d}"
         partial = final.with_suffix(".tmp")
         file = partial / f"rank_{self.rank:05d}.safetensors"
         try:
             self._together(lambda: self._make(partial), main_only=True)
-            self._together(lambda: (shards.write(file, copied), make_readable(file)))
+            self._together(lambda: self._write_rows(file, copied))
             self._together(lambda: self._commit(partial, final, progress), main_only=True)
         except OSError as error:
             if self.rank == 0:
@@ -132,6 +144,10 @@ class Saver:
                 work()
             except shards.FAILURES as error:
                 problem = one_line(error)
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                problem = f"out of memory ({one_line(error)}): {MORE_MEMORY}"
         texts = torch.zeros(self.world, MESSAGE, dtype=torch.uint8)
         if problem:
             text = problem.encode()[:MESSAGE]
@@ -146,6 +162,12 @@ class Saver:
         for left in self.checkpoints.glob("step_*.tmp"):  # by a run that was killed, or ``set_aside``
             shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
+
+    def _write_rows(self, file: Path, copied: dict[str, shards.Part] | BaseException) -> None:
+        if isinstance(copied, BaseException):
+            raise copied
+        shards.write(file, copied)
+        make_readable(file)
 
     def _commit(self, partial: Path, final: Path, progress: Progress) -> None:
         replace_file(partial / "state.json", json.dumps(asdict(progress) | {"world": self.world}))

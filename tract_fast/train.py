@@ -266,8 +266,8 @@ def save(job: Job, saver: Saver, step: int, out: log.RunLog) -> None:
 
 
 def settle(job: Job, saver: Saver, out: log.RunLog, must: bool = False) -> None:
-    """Wait for the checkpoint that is being written. Where it could not be (a full disk), what was saved before is
-    whole: the run goes on or stops, as ``checkpoint.on_error`` says, and stops where the checkpoint ``must`` be there.
+    """Wait for the checkpoint that is being written. Where it could not be (a full disk, no memory), what was saved
+    before is whole: the run goes on or stops, as ``checkpoint.on_error`` says, and stops where it ``must`` be there.
     """
     try:
         saver.wait()
@@ -275,7 +275,7 @@ def settle(job: Job, saver: Saver, out: log.RunLog, must: bool = False) -> None:
         kept = checkpoint.latest(job.run_dir)
         rest = f"{kept.name} is whole" if kept else "nothing was saved before"
         if must or job.recipe.checkpoint.on_error == "fail":
-            told = f"run.dir = {job.run_dir}: {error}; {rest}: free some space and give the same command"
+            told = f"run.dir = {job.run_dir}: {error}; {rest}: make room and give the same command"
             raise RunStopped(told) from error
         out.say(f"warning: {error}; {rest}, and training goes on (checkpoint.on_error)")
 
