@@ -14,7 +14,8 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from tests.kills import killed_again_and_again
 from tests.tiny_runs import metrics, tiny_recipe
@@ -281,12 +282,132 @@ def test_files_can_be_read_by_others(tmp_path):
     assert len(files) > 8 and all(p.stat().st_mode & 0o044 == 0o044 for p in files)
 
 
-def test_pointer_to_nothing(tmp_path):
-    folder = checkpoint.folder(tmp_path)
-    folder.mkdir()
-    (folder / "latest").write_text("step_000009\n")
-    with pytest.raises(UserError, match="names step_000009, which is not there"):
-        checkpoint.latest(tmp_path)
+@pytest.mark.parametrize("name", ["step_000009", "step_000002_good", "../../elsewhere/step_000002", ""])
+def test_pointer_to_nothing(tmp_path, name):
+    """Nor to anything but a checkpoint of this run under the name that it was given."""
+    run_dir = tmp_path / "run"
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=2)) == 0
+    folder = checkpoint.folder(run_dir)
+    for copy in (folder / "step_000002_good", tmp_path / "elsewhere" / "step_000002"):
+        shutil.copytree(folder / "step_000002", copy)
+    (folder / "latest").write_text(f"{name}\n")
+    for use in (
+        lambda: train.run(tiny_recipe(tmp_path, train__max_steps=3)),
+        lambda: checkpoint.export(run_dir),
+    ):
+        with pytest.raises(UserError, match=r"which is not there: write the name of .* in it: step_000002$"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("step", 2.0), ("step", "2"), ("step", [1]), ("step", -3), ("step", 4), ("template", 1), ("fingerprint", None)],
+)
+def test_a_state_that_says_something_odd(tmp_path, key, value):
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=2)) == 0
+    file = checkpoint.latest(tmp_path / "run") / "state.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=r"step_000002 is damaged \(state.json: .*\)"):
+        train.run(tiny_recipe(tmp_path, train__max_steps=3))
+
+
+def rewritten(file, change, rows=None):
+    """A rank's file with its tensors changed in place by ``change``, and its metadata of rows."""
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    change(tensors)
+    save_file(tensors, file, metadata=metadata if rows is None else {"rows": rows})
+
+
+WEIGHT, MOMENT = "model.model.norm.weight", "optimizer.model.norm.weight.exp_avg"
+
+
+@pytest.mark.parametrize(
+    ("change", "rows", "told"),
+    [
+        (lambda t: None, "[]", "metadata of its rows"),
+        (lambda t: None, json.dumps({WEIGHT: [0]}), "metadata of its rows"),
+        (lambda t: None, json.dumps({WEIGHT: [0, 2.5]}), "metadata of its rows"),
+        (lambda t: None, json.dumps({WEIGHT: [-1, 32]}), "metadata of its rows"),
+        (lambda t: None, json.dumps({WEIGHT: [0, 33]}), "rows of .*norm.weight are missing"),
+        (lambda t: t.update({WEIGHT: t[WEIGHT][:1].clone()}), "{}", r"norm.weight \(32,\) is as \(1,\) in the files"),
+        (lambda t: t.update({WEIGHT: t[WEIGHT] > 0}), None, "norm.weight is BOOL and not float32"),
+        (lambda t: t[WEIGHT].fill_(float("nan")), None, "norm.weight has values that are not finite"),
+        (lambda t: t[MOMENT].fill_(float("inf")), None, "exp_avg has values"),
+    ],
+)
+def test_tensors_that_are_not_ours(tmp_path, change, rows, told):
+    """What a stranger may have written is refused by name, not trained on."""
+    assert train.run(tiny_recipe(tmp_path, train__max_steps=2)) == 0
+    rewritten(checkpoint.latest(tmp_path / "run") / RANK_0, change, rows)
+    with pytest.raises(UserError, match=rf"step_000002 is damaged \(.*{told}"):
+        train.run(tiny_recipe(tmp_path, train__max_steps=3))
+    if "exp_avg" not in told:
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.export(tmp_path / "run")
+
+
+def test_the_last_checkpoint_must_be_there(tmp_path, monkeypatch):
+    """Also where others may be skipped: a run that ends without its result has failed."""
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(saver.shards, "write", full)
+    with pytest.raises(RunStopped, match="checkpoint of step 6 could not be written"):
+        train.run(tiny_recipe(tmp_path, checkpoint__on_error="skip"))
+
+
+def test_what_stops_a_run_waits_for_its_checkpoint(tmp_path, monkeypatch):
+    """A checkpoint that is being written when the run is stopped by an error is whole before the process ends."""
+    write, step = saver.shards.write, train.train_step
+
+    def slow(*arguments):
+        time.sleep(1)
+        write(*arguments)
+
+    def stops(job, i, stop, **options):
+        if i == 2:
+            raise RunStopped("enough")
+        return step(job, i, stop, **options)
+
+    monkeypatch.setattr(saver.shards, "write", slow)
+    monkeypatch.setattr(train, "train_step", stops)
+    with pytest.raises(RunStopped, match="enough"):
+        train.run(tiny_recipe(tmp_path, checkpoint__every=2))
+    assert checkpoint.latest(tmp_path / "run").name == "step_000002"
+
+
+def test_a_failed_write_stops_the_run_at_its_next_step(tmp_path, monkeypatch):
+    """Not at its next save, which may be hours later."""
+    failing, step = threading.Event(), train.train_step
+
+    def full(*arguments):
+        failing.set()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stepping(job, i, stop, **options):
+        if i == 3:
+            assert failing.wait(10)
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join(10)
+        return step(job, i, stop, **options)
+
+    monkeypatch.setattr(saver.shards, "write", full)
+    monkeypatch.setattr(train, "train_step", stepping)
+    with pytest.raises(RunStopped, match="checkpoint of step 3 could not be written"):
+        train.run(tiny_recipe(tmp_path, checkpoint__every=3, train__max_steps=9))
+    assert max(line["step"] for line in metrics(tmp_path / "run")) < 6
+
+
+def test_too_little_space_is_told_before_the_first_step(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"run\.dir|checkpoint\.keep_last"):
+        train.run(tiny_recipe(tmp_path))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])

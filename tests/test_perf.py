@@ -87,6 +87,30 @@ def test_experts_are_not_counted_wrongly():
     assert perf.work_of(list(lm.model.layers), lm.lm_head, lm.config) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Some GPU", None),
+    ],
+)
+def test_peak_of_a_gpu_goes_by_its_whole_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found, told = perf.peak_flops(torch.device("cuda"), None)
+    assert found == (tflops and tflops * 1e12)
+    assert name in told and ("set run.peak_tflops" in told) is (tflops is None)
+
+
 def test_peak():
     assert perf.peak_flops(CPU, None)[0] is None
     assert perf.peak_flops(CPU, 2.5) == (2.5e12, "run.peak_tflops")

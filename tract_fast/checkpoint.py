@@ -19,13 +19,14 @@ import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from tract_fast import recipe as recipes
 from tract_fast.data import prompt
@@ -61,12 +62,14 @@ def latest(run_dir: Path) -> Path | None:
     pointer = folder(run_dir) / "latest"
     if not pointer.exists():
         return None
-    path = folder(run_dir) / pointer.read_text().strip()
-    if not (path / "state.json").is_file():
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    there = {p.name: p for p in written(folder(run_dir)) if (p / "state.json").is_file()}
+    if name not in there:
+        names = ", ".join(sorted(there)) or "none is left"
         raise UserError(
-            f"{pointer} names {path.name}, which is not there: write the name of a complete checkpoint in it"
+            f"{pointer} says {name[:60]!r}, which is not there: write the name of a complete checkpoint in it: {names}"
         )
-    return path
+    return there[name]
 
 
 def make_folder(path: Path, setting: str) -> None:
@@ -171,6 +174,7 @@ def load(path: Path, model: TractModel, optimizer: torch.optim.Optimizer) -> Pro
     try:
         for name, tensor in training_state(model, optimizer).items():
             stored.fill(name, tensor)
+            _check_finite(name, tensor.to_local() if isinstance(tensor, DTensor) else tensor)
     except (ValueError, SafetensorError) as error:
         raise _damaged(path, error) from error
     return progress(path)
@@ -179,10 +183,14 @@ def load(path: Path, model: TractModel, optimizer: torch.optim.Optimizer) -> Pro
 def progress(path: Path) -> Progress:
     """Where the run stood at a checkpoint."""
     saved = _state(path)
-    lacking = [f.name for f in fields(Progress) if f.name not in saved]
+    kinds = {"step": int, "fingerprint": str, "template": bool}
+    lacking = [name for name in kinds if name not in saved]
     if lacking:
         raise UserError(f"{path / 'state.json'} lacks {', '.join(lacking)}: another version of tract_fast wrote it")
-    return Progress(**{f.name: saved[f.name] for f in fields(Progress)})
+    odd = [f"{name} is {saved[name]!r}" for name, kind in kinds.items() if type(saved[name]) is not kind]
+    if odd or path.name != f"step_{saved['step']:06d}":  # its name is how other ranks find it
+        raise _damaged(path, f"state.json: {', '.join(odd) or 'it is of another step'}")
+    return Progress(**{name: saved[name] for name in kinds})
 
 
 def _state(path: Path) -> dict[str, Any]:
@@ -201,9 +209,19 @@ def _stored(path: Path) -> Stored:
     if len(files) != world:
         raise _damaged(path, f"{world} ranks wrote it and it has {len(files)} files")
     try:
-        return Stored(files)
+        stored = Stored(files)
     except (ValueError, SafetensorError) as error:
         raise _damaged(path, error) from error
+    odd = [f"{name} is {dtype}" for name, dtype in stored.dtypes.items() if dtype != "F32"]
+    if odd:
+        raise _damaged(path, f"{odd[0]} and not float32")
+    return stored
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError where a tensor has a NaN or an infinity, which would be blamed on the data."""
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        raise ValueError(f"{name} has values that are not finite")
 
 
 def _damaged(path: Path, error: BaseException | str) -> UserError:
@@ -258,18 +276,25 @@ def _write_judge(run_dir: Path, source: Path, out: Path) -> None:
 
 def trained_weights(source: Path) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint, whole, on the CPU."""
-    stored = _stored(source)
+    stored, found = _stored(source), {}
     try:
-        return {name.removeprefix("model."): stored.whole(name) for name in stored.shapes if name.startswith("model.")}
-    except SafetensorError as error:
+        for name in stored.shapes:
+            if name.startswith("model."):
+                found[name.removeprefix("model.")] = stored.whole(name)
+                _check_finite(name, found[name.removeprefix("model.")])
+    except (ValueError, SafetensorError) as error:
         raise _damaged(source, error) from error
+    return found
 
 
 def _load_weights(lm, weights: dict[str, Tensor]) -> set[str]:
-    """Copy ``weights`` into the model by name; returns the names of trained parameters that were not given."""
+    """Copy ``weights`` into the model by name; returns the names of trained parameters that were not given. Raises
+    UserError where one is not the model's."""
     parameters = dict(lm.named_parameters())
     with torch.no_grad():
         for name, value in weights.items():
+            if name not in parameters or parameters[name].shape != value.shape:
+                raise UserError(f"the checkpoint is damaged: its {name} {tuple(value.shape)} is none of the model's")
             parameters[name].copy_(value)
     return {name for name, p in parameters.items() if p.requires_grad} - set(weights)
 

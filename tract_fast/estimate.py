@@ -112,7 +112,7 @@ def memory(recipe: Recipe, config, step: StepPlan, world: int = 1) -> dict[str, 
     parts = {
         "frozen weights": 0 if host else frozen * width // ways,
         "trained weights (float32)": masters,
-        "weights gathered in the compute dtype": gathered(recipe, lm, width, ways),
+        "weights gathered in the compute dtype": gathered(recipe, lm, width),
         "gradients (float32)": masters,
         "AdamW state (float32)": 2 * masters,
         f"activations of {step.max_tokens} tokens": activations,
@@ -128,11 +128,8 @@ def memory(recipe: Recipe, config, step: StepPlan, world: int = 1) -> dict[str, 
     return parts
 
 
-def gathered(recipe: Recipe, lm: nn.Module, width: int, ways: int) -> int:
-    """Bytes of weights that a rank holds whole for the computation."""
-    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    if ways == 1 and not recipe.shard.cpu_offload:  # frozen weights, and any in float32, are used where they are
-        return 0 if width == 4 else trained * width
+def gathered(recipe: Recipe, lm: nn.Module, width: int) -> int:
+    """Bytes of weights that a rank holds whole for the computation; with one rank FSDP2 copies them, too."""
     everything = sum(p.numel() for p in lm.parameters())
     if not recipe.shard.reshard_after_forward:
         return everything * width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,10 +15,13 @@ from torch import nn
 
 # dense bfloat16 FLOP/s that makers state, by a part of the device's name; the first that fits counts
 PEAKS = {
-    "GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
-    "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A40": 150e12,
+    "GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A40": 150e12,
     "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
+# of a name that has one of the above in it and is another chip, or a part of one
+VARIANT = re.compile(r"Laptop|Max-Q|\bMIG\b|\bGRID\b|\b(Ti|SUPER|D)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,8 @@ def peak_flops(device: torch.device, stated: float | None) -> tuple[float | None
     if device.type != "cuda":
         return None, "a CPU has no stated peak; set run.peak_tflops"
     name = torch.cuda.get_device_name(device)
-    found = next((peak for part, peak in PEAKS.items() if part in name), None)
+    fits = (peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name))
+    found = None if VARIANT.search(name) else next(fits, None)
     return found, f"{name}, dense bfloat16" if found else f"{name} is not known; set run.peak_tflops"
 
 

@@ -37,7 +37,6 @@ from tract_fast.memory import ran_out
 from tract_fast.model import TractModel
 from tract_fast.sections import LOWER_IS_BETTER, Checkpoint
 
-LONGEST_WRITE = timedelta(hours=2)  # that ranks wait for the slowest disk
 MORE_MEMORY = "the host holds a copy of what is saved; end what else takes its memory, or use more nodes"
 MESSAGE = 500  # bytes of a rank's reason that the others learn
 
@@ -47,7 +46,7 @@ class Saver:
 
     def __init__(self, run_dir: Path, settings: Checkpoint):
         self.checkpoints, self.settings = folder(run_dir), settings
-        self.group = dist.new_group(backend="gloo", timeout=LONGEST_WRITE)
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=settings.timeout))
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None  # of the last write, until ``wait`` raises it

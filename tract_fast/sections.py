@@ -248,11 +248,14 @@ class Checkpoint:
     """On held-out examples, of keep_best; of rmse, mae and ce the lowest is the best."""
     on_error: Literal["fail", "skip"] = "fail"
     """When one cannot be written, as on a full disk: stop the run, or go on without it (not without the last one)."""
+    timeout: int = 7200
+    """Seconds that ranks wait for the slowest of them to write, the last checkpoint included where a node is gone."""
 
     def __post_init__(self) -> None:
         _require(self.every > 0, "checkpoint.every", self.every, "must be above 0")
         _require(self.keep_last > 0, "checkpoint.keep_last", self.keep_last, "must be above 0")
         _require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "must be 0 or more")
+        _require(self.timeout > 0, "checkpoint.timeout", self.timeout, "must be above 0")
         _check_choices(self)
 
 

@@ -145,6 +145,7 @@ def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype, setti
         tail.insert(0, embedding)
     else:
         fully_shard(embedding, **blocks)
+        embedding.set_unshard_in_backward(False)  # its gradient needs the tokens alone
     fully_shard(tail, **options, reshard_after_forward=False)  # last in forward, first in backward
     fully_shard(model, **options)
     for module in model.modules():

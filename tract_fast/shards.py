@@ -61,22 +61,37 @@ def write(path: Path, parts: Mapping[str, Part]) -> None:
         os.close(handle)
 
 
+def _placed(metadata: Mapping[str, str]) -> dict[str, tuple[int, int]]:
+    """What a file's metadata says of rows. Raises ValueError where that is something else."""
+    placed = json.loads(metadata.get(ROWS, "{}"))
+    pairs = placed.values() if isinstance(placed, dict) else [None]
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and all(type(n) is int and n >= 0 for n in pair)):
+            raise ValueError("the metadata of its rows is not what is written here")
+    return {name: (start, rows) for name, (start, rows) in placed.items()}
+
+
 class Stored:
     """The tensors in some safetensors files, by name. Raises SafetensorError where a file is damaged, ValueError where
-    rows are missing."""
+    rows are missing or the files do not agree."""
 
     def __init__(self, files: Iterable[Path]):
         self.pieces: dict[str, list[tuple[int, int, object]]] = {}  # (first row, rows, file that has them)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors names them
         for path in files:
             file = safe_open(path, "pt")
-            placed = json.loads((file.metadata() or {}).get(ROWS, "{}"))
+            placed = _placed(file.metadata() or {})
             for name in file.keys():  # noqa: SIM118
-                shape = tuple(file.get_slice(name).get_shape())
+                piece = file.get_slice(name)
+                shape = tuple(piece.get_shape())
                 here = shape[0] if shape else 1
                 start, rows = placed.get(name, (0, here))
+                whole = (rows, *shape[1:]) if shape else ()
                 self.pieces.setdefault(name, []).append((start, here, file))
-                self.shapes[name] = (rows, *shape[1:]) if shape else ()
+                known = self.shapes.setdefault(name, whole), self.dtypes.setdefault(name, piece.get_dtype())
+                if known != (whole, piece.get_dtype()):
+                    raise ValueError(f"the files do not agree on {name}: {known} and {(whole, piece.get_dtype())}")
         for name, pieces in self.pieces.items():
             pieces.sort(key=lambda piece: piece[:2])
             end = 0
