@@ -6,14 +6,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
+import torch.distributed as dist
 
 from tests.kills import gone, kill_all, killed_again_and_again, tree
 from tests.ranks import _free_port
 from tests.tiny_runs import metrics, tiny_recipe
-from tract_fast import checkpoint, launch, recipe as recipes, train
+from tract_fast import checkpoint, launch, recipe as recipes, shard, train
 
 START = [sys.executable, "-m", "tract_fast", "train"]
 ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "SLURM_", "MASTER_"))}
@@ -177,6 +179,54 @@ def test_two_nodes_meet(tmp_path):
     assert [process.returncode for process in both] == [0, 0], ends
     assert sum("ranks: 2, started by torchrun" in printed for printed, _ in ends) == 1
     near_one_process(tmp_path)
+
+
+def test_a_rank_that_is_killed_on_one_of_two_nodes(tmp_path):
+    """Both nodes start again, though only one of them counts the restart, and meet again."""
+    recipe = tiny_recipe(tmp_path, train__max_steps=150, checkpoint__every=10, run__timeout=30)
+    nodes = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        "8",
+        "--max-restarts",
+        "1",
+    ]
+    nodes += ["--monitor-interval", "0.2", "--rdzv-endpoint", f"localhost:{_free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "tract_fast", "train"]
+    both = [start(recipe, tmp_path / "r.yaml", "--run.nproc", "8", command=command) for _ in range(2)]
+    wait_for(recipe, 30, both[0])
+    kill_all(launch_children(both[1])[:1])
+    ends = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert sum(printed.count("resume: going on after step") for printed, _ in ends) == 1
+    assert metrics(tmp_path / "run") == whole(tmp_path, recipe)[0]
+
+
+def test_each_start_has_a_name_of_its_own():
+    """Rank 1 of the next start comes before rank 0 does, and finds all that the start before it left."""
+    store = dist.HashStore()
+    names = []
+    for _ in range(3):
+        found = {}
+        others = [
+            threading.Thread(target=lambda r=r, found=found: found.update({r: shard.name_of_start(store, r, 3, 20)}))
+            for r in (1, 2)
+        ]
+        others[0].start()
+        time.sleep(0.2)
+        found[0] = shard.name_of_start(store, 0, 3, 20) if others[1].start() is None else None
+        for other in others:
+            other.join()
+        assert len(set(found.values())) == 1 and len(found) == 3
+        names.append(found[0])
+    assert len(set(names)) == 3
+    with pytest.raises(dist.DistStoreError, match="rank 1 has not met rank 0"):
+        shard.name_of_start(store, 1, 3, 0.3)
 
 
 def test_slurm_starts_the_ranks(tmp_path):

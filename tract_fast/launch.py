@@ -149,6 +149,7 @@ def watch(words: list[str], notes: Path, loud: bool) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
 
     logging.disable(logging.WARNING if loud else logging.ERROR)  # its account of a failure is told below, in a line
     try:
@@ -163,6 +164,10 @@ def watch(words: list[str], notes: Path, loud: bool) -> int:
                 os.kill(pid, signal.SIGKILL)
         code, message = verdict({}, read_notes(notes))
         code = code or STOPPED.get(error.sigval, 1)
+    except RendezvousError as error:
+        place = words[words.index("--rdzv-endpoint") + 1] if "--rdzv-endpoint" in words else "this node"
+        told = " ".join(str(error.__cause__ or error).split())[:200]
+        code, message = 1, f"the nodes did not meet at {place} ({told}): see that it can be reached, or set MASTER_ADDR"
     finally:
         logging.disable(logging.NOTSET)
     if message:

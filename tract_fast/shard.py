@@ -8,7 +8,6 @@ NCCL's returned zeros for bfloat16 up to torch 2.13, pytorch#190745).
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -70,7 +69,7 @@ def start_ranks(joined: Joined | None = None, *, replicate: int = 1, timeout: in
     if joined:
         store, rank, world = next(dist.rendezvous("env://", timeout=wait))
         # torchrun hands ranks that it starts again the same store, in which the addresses of the dead ones still stand
-        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(name_of_start(store, rank, world, timeout), store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     try:
@@ -83,6 +82,32 @@ def start_ranks(joined: Joined | None = None, *, replicate: int = 1, timeout: in
     else:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def name_of_start(store: dist.Store, rank: int, world: int, timeout: float) -> str:
+    """A name that all ranks of this start know and no earlier start had; rank 0 makes it.
+
+    torchrun's count of restarts is none: a node does not count those that another node's failure caused. What an
+    earlier start left in ``store`` is told apart by each rank's own word, which only its own start can hold. Raises
+    DistStoreError where the ranks do not meet within ``timeout`` seconds.
+    """
+    own = uuid.uuid4().hex
+    until = time.monotonic() + timeout
+    if rank == 0:
+        store.set("start", own)
+        words = [f"{own}/{other}" for other in range(1, world)]
+        if words:
+            store.wait(words, timedelta(seconds=timeout))
+        store.set(f"{own}/met", " ".join(store.get(word).decode() for word in words))
+        return own
+    while time.monotonic() < until:
+        name = store.get("start").decode()
+        store.set(f"{name}/{rank}", own)
+        met = f"{name}/met"
+        if store.check([met]) and own in store.get(met).decode().split():
+            return name
+        time.sleep(0.05)
+    raise dist.DistStoreError(f"rank {rank} has not met rank 0 within {timeout} s")
 
 
 def make_mesh(device: torch.device, world: int, replicate: int) -> DeviceMesh:
