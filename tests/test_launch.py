@@ -151,7 +151,7 @@ def test_a_rank_that_hangs(tmp_path):
     _, told = process.communicate(timeout=120)
     print(f"all ended {time.monotonic() - began:.0f} s after a rank hung")
     assert process.returncode == 1 and all(map(gone, ranks))
-    assert "error: rank 0: another rank has ended or does not answer" in told
+    assert f"error: rank 1 (process {ranks[1]}) did not answer for run.timeout seconds and was ended" in told
 
 
 def test_an_error_is_told_once(tmp_path):
@@ -274,7 +274,7 @@ def test_notes_of_an_earlier_start_are_not_read(tmp_path, monkeypatch):
 
     at(0, 0)
     assert launch.note(1, "the first end")
-    assert launch.read_notes(tmp_path) == {0: {"code": 1, "message": "the first end", "lost": False}}
+    assert launch.read_notes(tmp_path) == {0: {"code": 1, "message": "the first end", "lost": False, "hangs": False}}
     at(0, 1)
     launch.begin_note()
     assert launch.read_notes(tmp_path) == {}, "nothing is known of an end without a note"
@@ -304,20 +304,21 @@ def test_a_launcher_keeps_its_own_recipe(tmp_path, monkeypatch):
     assert not any(map(os.path.exists, started)), "removed at the end"
 
 
-NOTE = {"code": 1, "message": "why", "lost": False}
-LOST = {"code": 1, "message": "another rank has ended", "lost": True}
+NOTE = {"code": 1, "message": "why", "lost": False, "hangs": False}
+LOST = NOTE | {"message": "another rank has ended", "lost": True}
 
 
 @pytest.mark.parametrize(
     ("ends", "notes", "code", "told"),
     [
         ({1: (-9, 5)}, {0: LOST}, 1, "rank 1 (process 5) was killed by SIGKILL"),
+        ({1: (-9, 5)}, {0: LOST | {"hangs": True}}, 1, "rank 1 (process 5) did not answer for run.timeout seconds"),
         ({0: (1, 4), 1: (1, 5)}, {0: LOST, 1: NOTE}, 1, "rank 1: why"),
         ({0: (1, 4), 1: (1, 5)}, {0: LOST}, 1, "rank 1 (process 5) ended with exit code 1"),
         ({0: (1, 4)}, {0: LOST}, 1, "rank 0: another rank has ended"),
         ({0: (2, 4)}, {r: NOTE | {"code": 2} for r in (0, 1)}, 2, "why"),
         ({0: (-15, 4), 1: (1, 5)}, {1: NOTE}, 1, "rank 1: why"),
-        ({}, {0: {"code": 75, "message": "", "lost": False}}, 75, ""),
+        ({}, {0: NOTE | {"code": 75, "message": ""}}, 75, ""),
         ({}, {}, 0, ""),
     ],
 )

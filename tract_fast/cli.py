@@ -374,7 +374,9 @@ def _meant(command: str) -> str:
 
 def _fail(error: Exception | str, code: int) -> int:
     message = " ".join(str(error).splitlines())
-    if not launch.note(code, message, lost=isinstance(error, PeerLost)):  # a launcher tells it once, for all ranks
+    if not launch.note(
+        code, message, lost=isinstance(error, PeerLost), hangs=getattr(error, "hangs", False)
+    ):  # a launcher tells it once, for all ranks
         print("error:", message, file=sys.stderr)
     return code
 

@@ -18,4 +18,8 @@ class RunStopped(RuntimeError):
 
 
 class PeerLost(RunStopped):
-    """Another rank has ended or does not answer; that one, not this, is what must be looked at."""
+    """Another rank has ended, or (``hangs``) does not answer; that one, not this, is what must be looked at."""
+
+    def __init__(self, message: str, *, hangs: bool = False):
+        super().__init__(message)
+        self.hangs = hangs

@@ -181,13 +181,13 @@ def children() -> list[int]:
     return [int(word) for word in path.read_text().split()] if path.exists() else []
 
 
-def note(code: int, message: str, *, lost: bool = False) -> bool:
+def note(code: int, message: str, *, lost: bool = False, hangs: bool = False) -> bool:
     """Leave word for the launcher of how this rank ends; False where there is none. ``lost``: another rank is the
-    cause."""
+    cause, which has ended or ``hangs``."""
     folder = os.environ.get(NOTES)
     if folder is None or "RANK" not in os.environ:
         return False
-    _write_note(folder, json.dumps({"code": code, "message": message, "lost": lost}))
+    _write_note(folder, json.dumps({"code": code, "message": message, "lost": lost, "hangs": hangs}))
     return True
 
 
@@ -218,6 +218,8 @@ def verdict(ends: Mapping[int, tuple[int, int]], notes: Mapping[int, dict]) -> t
     killed = {rank: end for rank, end in ends.items() if end[0] < 0 and end[0] != -signal.SIGTERM}
     if killed:
         rank, (code, pid) = min(killed.items())
+        if any(n["hangs"] for n in notes.values()):  # then the launcher has killed it
+            return 1, f"rank {rank} (process {pid}) did not answer for run.timeout seconds and was ended; {again}"
         name = signal.Signals(-code).name
         hint = " (by the system, if it was short of memory)" if name == "SIGKILL" else ""
         return 1, f"rank {rank} (process {pid}) was killed by {name}{hint}; {again}"

@@ -129,7 +129,8 @@ def peers_watched(ranks: Ranks) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[-200:]
         time.sleep(LINGER)
-        raise PeerLost(f"another rank has ended or does not answer: {reason}") from error
+        hangs = "timed out" in reason.lower()
+        raise PeerLost(f"another rank {'does not answer' if hangs else 'has ended'}: {reason}", hangs=hangs) from error
 
 
 def check_shared(folder: Path, ranks: Ranks) -> None:
