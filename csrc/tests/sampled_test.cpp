@@ -1,5 +1,5 @@
 // The sampled gradient without Python: the draw against its probabilities over evenly spaced starts, the same lists by
-// every variant, the bound of their length, and products against plain loops.
+// every variant and type, the bound of their length, and products against plain loops.
 
 #include "sampled.h"
 
@@ -18,9 +18,26 @@ using namespace tract_fast;
 
 namespace {
 
-// One row of float32 logits with a label and two score tokens, and what the kernels need of it.
+// What a model has between hidden states and logits, and what a call may leave out.
+struct Form {
+  bool bias = false, dx = true, used = true;
+  float softcap = 0.0f, logit_scale = 1.0f;
+};
+
+uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16); }
+float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
+
+std::vector<uint16_t> in_bfloat16(const std::vector<float>& from) {
+  std::vector<uint16_t> to;
+  for (const float x : from) to.push_back(to_bfloat16(x));
+  return to;
+}
+
+// One row of logits with a label and two score tokens, and what the kernels need of it.
 struct Problem {
   int64_t v, width = 5;
+  Form form;
+  std::vector<float> bias;
   std::vector<float> logits, weight, x;
   std::vector<int64_t> labels{3}, ids{0, 7};
   std::vector<float> values{1.0f, 2.0f}, picked_label{0.5f}, picked_scores{0.1f, -0.2f}, ce{0.75f}, score{0.0f},
@@ -36,10 +53,26 @@ struct Problem {
     for (int64_t i = 0; i < width; ++i) x.push_back(normal(random));
   }
 
-  RowPass pass(std::vector<float>& copy) {
-    copy = logits;
+  // A row whose logits, weights and bias are the same in both types: x . w is a multiple of 1/8 below 16.
+  Problem(int64_t vocabulary, const Form& form, unsigned seed) : v(vocabulary), form(form), used(form.used) {
+    std::mt19937 random(seed);
+    for (int64_t i = 0; i < width; ++i) x.push_back(random() % 2 ? 1.0f : -0.5f);
+    for (int64_t i = 0; i < v * width; ++i) weight.push_back(0.25f * static_cast<float>(static_cast<int>(random() % 9) - 4));
+    for (int64_t i = 0; i < v; ++i) {
+      if (form.bias) bias.push_back(0.25f * static_cast<float>(static_cast<int>(random() % 9) - 4));
+      float z = 0;
+      for (int64_t d = 0; d < width; ++d) z += x[d] * weight[i * width + d];
+      logits.push_back(z);
+    }
+    picked_label = {logits[3]};
+    picked_scores = {logits[0], logits[7]};
+  }
+
+  RowPass pass(void* copy, const void* biases) {
     RowPass p{};
-    p.logits = copy.data();
+    p.logits = copy;
+    p.bias = bias.empty() ? nullptr : biases;
+    p.softcap = form.softcap;
     p.n_vocab = p.stride = v;
     p.picked_label = picked_label.data();
     p.picked_scores = picked_scores.data();
@@ -56,7 +89,7 @@ struct Problem {
     p.expected = expected.data();
     p.mass = mass.data();
     p.probs = probs.data();
-    p.logit_scale = 1.0f;
+    p.logit_scale = form.logit_scale;
     p.gradient = true;
     return p;
   }
@@ -67,18 +100,26 @@ struct Problem {
     std::vector<float> values, dx;
     float spread = 0, norm = 0;
   };
-  Drawn draw(const Variant& variant, double eps, int64_t start) {
+  Drawn draw(const Variant& variant, double eps, int64_t start, Type type = Type::float32) {
     const int64_t most = std::min<int64_t>(v + 1, 2 + EXTRA + static_cast<int64_t>(std::ceil(OVER / eps)));
-    std::vector<float> copy;
-    const RowPass p = pass(copy);
+    const bool wide = type == Type::float32;
+    std::vector<float> copy = logits;
+    auto logits16 = in_bfloat16(logits), x16 = in_bfloat16(x), weight16 = in_bfloat16(weight), bias16 = in_bfloat16(bias);
+    std::vector<uint16_t> dx16(width, to_bfloat16(-7.0f));
+    const RowPass p = wide ? pass(copy.data(), bias.data()) : pass(logits16.data(), bias16.data());
     Drawn d;
     d.columns.resize(most);
     d.values.resize(most);
-    d.dx.resize(width);
+    d.dx.assign(width, -7.0f);
     int32_t count = 0;
     const Lists lists{d.columns.data(), &count, d.values.data(), most, &start, eps, 0.75};
-    const Operands o{x.data(), weight.data(), width, width, width, d.dx.data(), &d.spread, &d.norm};
-    sampled_rows(p, lists, o, variant, Type::float32, 0, 1);
+    void* const dx = wide ? static_cast<void*>(d.dx.data()) : dx16.data();
+    const void *const rows = wide ? static_cast<const void*>(x.data()) : x16.data(),
+                      *const columns = wide ? static_cast<const void*>(weight.data()) : weight16.data();
+    const Operands o{rows, columns, width, width, width, form.dx ? dx : nullptr, &d.spread, &d.norm};
+    sampled_rows(p, lists, o, variant, type, 0, 1);
+    if (!wide)
+      for (int64_t i = 0; i < width; ++i) d.dx[i] = from_bfloat16(dx16[i]);
     expect(count <= most, "a list fits");
     d.columns.resize(count);
     d.values.resize(count);
@@ -88,20 +129,26 @@ struct Problem {
 
 // dZ of all columns in float64.
 std::vector<double> exact(Problem& p) {
-  std::vector<float> z = p.logits;
+  std::vector<double> z(p.logits.begin(), p.logits.end()), slope(p.v, p.form.logit_scale), dz;
   z[3] = p.picked_label[0];
   z[0] = p.picked_scores[0];
   z[7] = p.picked_scores[1];
   double total = 0;
-  for (const float one : z) total += std::exp(double{one});
-  std::vector<double> dz;
-  for (const float one : z) dz.push_back(0.75 * std::exp(double{one}) / total);
-  dz[3] -= 0.75;
+  for (int64_t j = 0; j < p.v; ++j) {
+    z[j] = (z[j] + (p.bias.empty() ? 0.0 : p.bias[j])) * p.form.logit_scale;
+    if (p.form.softcap > 0) {
+      const double t = std::tanh(z[j] / p.form.softcap);
+      z[j] = t * p.form.softcap;
+      slope[j] *= 1 - t * t;
+    }
+    total += std::exp(z[j]);
+  }
+  for (int64_t j = 0; j < p.v; ++j) dz.push_back(0.75 * (std::exp(z[j]) / total - (j == 3)) * slope[j]);
   return dz;
 }
 
-void check_mean(const Variant& variant, int64_t v, float spread, double eps) {
-  Problem p(v, spread, 5);
+void check_mean(const Variant& variant, Problem p, double eps, bool variance = true) {
+  const int64_t v = p.v;
   const std::vector<double> dz = exact(p);
   std::vector<double> mean(v), share(v);
   const int64_t starts = 4096;
@@ -131,7 +178,46 @@ void check_mean(const Variant& variant, int64_t v, float spread, double eps) {
     drawn |= share[j] > 0 && share[j] < 0.9;
   }
   expect(drawn, name + ": something is drawn");
-  expect(claimed > 0.8 * error && claimed < 1.25 * error, name + ": the variance is estimated");
+  if (variance) expect(claimed > 0.8 * error && claimed < 1.25 * error, name + ": the variance is estimated");
+}
+
+// Both types, with what may stand between hidden states and logits; a row that is not used; no dX.
+void check_forms(const Variant& variant) {
+  const double eps = 1.0 / 32;
+  for (const bool bias : {false, true})
+    for (const float softcap : {0.0f, 6.0f})
+      for (const float scale : {1.0f, 0.5f}) {
+        Form form{bias, true, true, softcap, scale};
+        // few different logits: neighbours are drawn together, and the estimate leaves covariances out
+        check_mean(variant, Problem(300, form, 3), eps, false);
+        for (const int64_t start : {int64_t{0}, int64_t{77777777}, (int64_t{1} << 31) - 1}) {
+          Problem p(300, form, 3);
+          const auto whole = p.draw(variant, eps, start), half = p.draw(variant, eps, start, Type::bfloat16);
+          const std::string name = std::string(variant.name) + (bias ? ": bias" : ":") + " cap " + std::to_string(softcap);
+          expect(whole.columns == half.columns, name + ", both types list the same");
+          expect(whole.columns.size() > 3, name + ", something is listed");
+          for (size_t j = 0; j < whole.values.size() && j < half.values.size(); ++j)
+            expect(std::fabs(whole.values[j] - half.values[j]) <= 2e-6 * std::fabs(whole.values[j]), name + ", values");
+          float largest = 0;
+          for (int64_t d = 0; d < p.width; ++d) largest = std::max(largest, std::fabs(whole.dx[d]));
+          for (int64_t d = 0; d < p.width; ++d)
+            expect(std::fabs(whole.dx[d] - half.dx[d]) <= largest / 256, name + ", dX is rounded once");
+          form.dx = false;
+          Problem without(300, form, 3);
+          for (const Type type : {Type::float32, Type::bfloat16}) {
+            const auto list = without.draw(variant, eps, start, type);
+            expect(list.columns == whole.columns && list.dx[0] == -7.0f, name + ", no dX");
+            for (size_t j = 0; j < list.values.size() && j < whole.values.size(); ++j)
+              expect(std::fabs(list.values[j] - whole.values[j]) <= 2e-6 * std::fabs(whole.values[j]), name + ", no dX");
+          }
+          form.dx = true;
+        }
+      }
+  Problem unused(300, Form{false, true, false, 0.0f, 1.0f}, 3);
+  for (const Type type : {Type::float32, Type::bfloat16}) {
+    const auto list = unused.draw(variant, eps, 5, type);
+    expect(list.columns.empty() && list.dx == std::vector<float>(5, 0.0f), "a row that is not used");
+  }
 }
 
 void check_same(const Variant& variant) {
@@ -194,8 +280,9 @@ int main() {
   check_proposals();
   for (const Variant& variant : variants()) {
     if (!variant.runs_here()) continue;
-    check_mean(variant, 200, 1.5f, 1.0 / 16);
-    check_mean(variant, 1100, 1.0f, 1.0 / 64);
+    check_mean(variant, Problem(200, 1.5f, 5), 1.0 / 16);
+    check_mean(variant, Problem(1100, 1.0f, 5), 1.0 / 64);
+    check_forms(variant);
     check_same(variant);
     check_flat(variant);
     check_weight(variant);
