@@ -16,6 +16,7 @@ from tests.kills import gone, kill_all, killed_again_and_again, tree
 from tests.ranks import _free_port
 from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import checkpoint, launch, recipe as recipes, shard, train
+from tract_fast.errors import UserError
 
 START = [sys.executable, "-m", "tract_fast", "train"]
 ALONE = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "SLURM_", "MASTER_"))}
@@ -205,6 +206,15 @@ def test_a_rank_that_is_killed_on_one_of_two_nodes(tmp_path):
     assert [process.returncode for process in both] == [0, 0], ends
     assert sum(printed.count("resume: going on after step") for printed, _ in ends) == 1
     assert metrics(tmp_path / "run") == whole(tmp_path, recipe)[0]
+
+
+def test_ranks_that_share_a_gpu_are_refused():
+    """Each of its own, by whatever number; GPUs of two nodes may be told apart by their host alone."""
+    shard.refuse_shared([(0, "a", "x"), (1, "a", "y"), (2, "b", "x"), (3, "b", "y")])
+    with pytest.raises(UserError, match="for rank 2 on a the GPU is that of rank 0: start one rank a GPU"):
+        shard.refuse_shared([(0, "a", "x"), (1, "a", "y"), (2, "a", "x")])
+    with pytest.raises(UserError, match="for rank 1 on a no GPU is left"):
+        shard.refuse_shared([(0, "a", "x"), (1, "a", None)])
 
 
 def test_each_start_has_a_name_of_its_own():

@@ -8,12 +8,14 @@ NCCL's returned zeros for bfloat16 up to torch 2.13, pytorch#190745).
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,14 +57,10 @@ def start_ranks(joined: Joined | None = None, *, replicate: int = 1, timeout: in
     ``replicate`` and ``timeout`` are ``shard.replicate`` and ``run.timeout``. Raises UserError where the ranks cannot
     be split so, or a node has more ranks than GPUs.
     """
-    if torch.cuda.is_available() and joined and joined.local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"run.nproc: rank {joined.rank} is number {joined.local_rank} on its node, which has "
-            f"{torch.cuda.device_count()} GPUs: start one rank a GPU"
-        )
-    device = local_device(joined.local_rank if joined else 0)
+    # where each task of a node is given one GPU, that is number 0 for all of them
+    device = local_device(joined.local_rank if joined and torch.cuda.device_count() > 1 else 0)
     cuda = device.type == "cuda"
-    if cuda:
+    if cuda and device.index < torch.cuda.device_count():
         torch.cuda.set_device(device)
     store, rank, world = dist.HashStore(), 0, 1
     wait = timedelta(seconds=timeout)
@@ -73,6 +71,7 @@ def start_ranks(joined: Joined | None = None, *, replicate: int = 1, timeout: in
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     try:
+        check_devices(device, rank, world)
         yield Ranks(rank, world, device, make_mesh(device, world, replicate))
     except PeerLost:
         raise  # leaving in order would wait for who is gone
@@ -82,6 +81,27 @@ def start_ranks(joined: Joined | None = None, *, replicate: int = 1, timeout: in
     else:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def check_devices(device: torch.device, rank: int, world: int) -> None:
+    """Raise UserError, on every rank, where two ranks would have one GPU, or one has none."""
+    if device.type != "cuda" or world == 1:
+        return
+    there = device.index < torch.cuda.device_count()
+    mine = (rank, socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid) if there else None)
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, mine)
+    refuse_shared(found)
+
+
+def refuse_shared(devices: Iterable[tuple[int, str, str | None]]) -> None:
+    """Raise UserError where (rank, host, GPU or None) say that ranks of a host are more than its GPUs."""
+    owners: dict[tuple[str, str], int] = {}
+    for rank, host, gpu in devices:
+        if gpu is None or (host, gpu) in owners:
+            why = "no GPU is left" if gpu is None else f"the GPU is that of rank {owners[host, gpu]}"
+            raise UserError(f"run.nproc: for rank {rank} on {host} {why}: start one rank a GPU")
+        owners[host, gpu] = rank
 
 
 def name_of_start(store: dist.Store, rank: int, world: int, timeout: float) -> str:
