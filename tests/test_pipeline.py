@@ -158,12 +158,56 @@ def test_until_and_from(done, tmp_path, capsys):
     gone = replace(recipe, data=replace(recipe.data, train="nope.jsonl"))
     with pytest.raises(UserError, match=r"nope.jsonl"):
         pipeline.run(gone, begin="stage1")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(Path(recipe.data.train).read_text() + '{"prompt": "p"}\n')
+    with pytest.raises(UserError, match=r"broken.jsonl:25"):
+        pipeline.run(replace(recipe, data=replace(recipe.data, train=str(broken))), begin="stage1")
+    with pytest.raises(UserError, match=r"evaluate.data: .*broken.jsonl:25"):
+        pipeline.run(replace(recipe, evaluate=replace(recipe.evaluate, data=(str(broken),))), begin="stage1")
+    with pytest.raises(UserError, match=r"model.path = "):
+        pipeline.run(replace(recipe, model=replace(recipe.model, path="./gone")), begin="stage1")
     assert files(folder).keys() == whole.keys()  # refused before anything is removed
     shutil.rmtree(folder / "evaluate")
     assert pipeline.run(recipe) == 0
     assert (folder / "evaluate" / "held_out" / "metrics.json").is_file()
     with pytest.raises(UserError, match=r"--until stage3: the steps of this recipe are stage1, generate"):
         pipeline.run(recipe, until="stage3")
+
+
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [
+        ("stage1/judge", "stage1"),
+        ("generate/rationales.jsonl", "generate"),
+        ("stage2/judge/tract.json", "stage2"),
+        ("evaluate/held_out", "evaluate"),
+    ],
+)
+def test_a_step_whose_product_is_gone_is_made_again(done, capsys, part, step):
+    folder = Path(done.run.dir)
+    whole = files(folder)
+    if (folder / part).is_dir():
+        shutil.rmtree(folder / part)
+    else:
+        (folder / part).unlink()
+    assert pipeline.run(done) == 0
+    shown = capsys.readouterr().out
+    assert f"── {step}: {folder / step}" in shown and shown.count("done before") == 3
+    assert files(folder) == whole
+
+
+def test_a_step_that_was_begun_otherwise(tmp_path, monkeypatch):
+    """Is named with the way out, which keeps the steps before; what leaves the result as it is may change."""
+    recipe = small(tmp_path, train__max_steps=2)
+    monkeypatch.setattr(pipeline.launch, "train", lambda recipe: train.run(recipe) or 75)
+    assert pipeline.run(recipe) == 75
+    with pytest.raises(UserError, match=r"stage1 was begun with other .*\(train.lr\): --from stage1 removes it"):
+        pipeline.run(replace(recipe, train=replace(recipe.train, lr=0.5)))
+    monkeypatch.undo()
+    slower = replace(recipe, train=replace(recipe.train, lr=0.5))
+    assert pipeline.run(slower, begin="stage1", until="stage1") == 0
+    other = replace(slower, train=replace(slower.train, max_tokens=300, activation_checkpointing="full"))
+    assert pipeline.run(other, until="stage1") == 0
 
 
 def test_continued_from_the_first_stage_on_both_kinds_of_rationales(done, tmp_path):
@@ -198,7 +242,7 @@ def test_what_cannot_be_evaluated_is_refused_at_once(tmp_path):
     with pytest.raises(UserError, match=r"evaluate.n = 3: must be 1 at generate.temperature 0"):
         pipeline.run(replace(cold, generate=replace(cold.generate, temperature=0.0)))
     fresh = replace(cold, evaluate=recipe.evaluate, run=replace(cold.run, dir=str(tmp_path / "fresh")))
-    with pytest.raises(UserError, match=r"has no steps.json: no step is done"):
+    with pytest.raises(UserError, match=r"has no steps.json: no step has begun"):
         pipeline.run(fresh, begin="stage1")
     twice = replace(recipe, evaluate=replace(recipe.evaluate, data=("a/x.json", "b/x.jsonl")))
     with pytest.raises(UserError, match=r"two of them have the same name"):
@@ -229,7 +273,7 @@ def test_a_stopped_training_ends_the_run_with_its_code(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.launch, "train", lambda recipe: 75)
     recipe = small(tmp_path)
     assert pipeline.run(recipe) == 75
-    assert not (Path(recipe.run.dir) / "steps.json").exists()
+    assert list(pipeline.records(Path(recipe.run.dir))) == ["stage1 begun"]
 
 
 def test_command(done, tmp_path, capsys):

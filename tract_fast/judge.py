@@ -231,6 +231,8 @@ class Judge:
         context allows, and one that holds a control token: a response could end its turn with it and write its own
         judgement.
         """
+        if prompt is not None and any(part is not None for part in (instruction, response, reference, rubric)):
+            raise UserError("score takes a prompt or its parts (instruction, response, reference, rubric), not both")
         if prompt is None:
             prompt = self.prompt(**parts_of(instruction, response, reference, rubric or {}))
         texts = [prompt] if isinstance(prompt, str) else list(prompt)

@@ -1,8 +1,9 @@
 """The whole method in one command: stage 1 -> generate -> stage 2 from the seed model -> evaluate.
 
 ``run.dir`` gets a folder per step, each what the step's own command would have made: ``stage1``, ``generate``,
-``stage2``, ``evaluate/NAME``. ``steps.json`` records what each finished step was made from, settings and hashes of data
-files, and a finished step is skipped. A stopped step goes on where it was. TRACT: arXiv 2503.04381.
+``stage2``, ``evaluate/NAME``. ``steps.json`` records what each step is made from, settings and hashes of data files,
+when it begins and when it is done; one that is done is skipped. A stopped step goes on where it was. TRACT: arXiv
+2503.04381.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ from tract_fast.data import feedback
 from tract_fast.data.records import file_of
 from tract_fast.errors import UserError
 from tract_fast.judging import Source, line
+from tract_fast.prepare import prepare
 from tract_fast.recipe import Recipe, Sampling, sampling_of
+from tract_fast.resume import SAME_RESULT
 from tract_fast.vllm import check_vllm, is_vllm
 
 STEPS = ("stage1", "generate", "stage2", "evaluate")
 RECORD, HELD_OUT, BOTH = "steps.json", "held_out.jsonl", "annotated_and_own.jsonl"
+BEGUN = " begun"  # after a step's name in the record
 TRAINING = ("model", "lora", "data", "score", "loss", "train")  # sections that decide a training
 
 Inputs = dict[str, Any]
@@ -76,13 +80,15 @@ def _run(
     folder = Path(recipe.run.dir)
     inputs = dict(zip(steps, chained(recipe, sets, steps), strict=True))
     again = steps[steps.index(begin) :] if begin else ()
-    todo = [step for step in steps if step in again or not is_done(folder, step, inputs[step])]
-    if begin:
-        if until is not None and until not in again:
-            raise UserError(f"--until {until} comes before --from {begin}: nothing would be made")
-        forget(folder, again)
+    todo = [step for step in steps if step in again or not is_done(folder, step, inputs[step], sets)]
+    if begin and until is not None and until not in again:
+        raise UserError(f"--until {until} comes before --from {begin}: nothing would be made")
     if todo:
         check_sets(recipe, sets)
+    if begin:
+        if begin == "stage1":  # what cannot be made again is not removed
+            prepare(recipe, lambda text: None)
+        forget(folder, again)
     actions: dict[str, Callable[[], int]] = {
         "stage1": lambda: _train(stage1(recipe)),
         "generate": lambda: _generate(recipe),
@@ -92,10 +98,11 @@ def _run(
     for step in steps:
         if step in todo:
             print(f"── {step}: {folder / step}")
+            record(folder, {f"{step}{BEGUN}": inputs[step]})
             code = actions[step]()
             if code:
                 return code
-            record(folder, step, inputs[step])
+            record(folder, {step: inputs[step]}, over=f"{step}{BEGUN}")
         else:
             print(f"── {step}: done before, {folder / step}")
         if step == until:
@@ -130,7 +137,10 @@ def check_sets(recipe: Recipe, sets: dict[str, Source]) -> None:
     trained, _ = _split(recipe)
     options = {"labels": recipe.score.labels, "values": recipe.score.values, "rationale": "drop"}
     for source in sets.values():
-        found = feedback.read_examples(source.data, on_error="skip" if source.skip else "fail", **options).examples
+        try:
+            found = feedback.read_examples(source.data, on_error="skip" if source.skip else "fail", **options).examples
+        except UserError as error:
+            raise UserError(f"evaluate.data: {error}") from None
         shared = feedback.question_overlap(trained, found)
         if shared:
             print(
@@ -234,8 +244,12 @@ def _evaluate(recipe: Recipe, sets: dict[str, Source], settings: Sampling, judge
 
 
 def chained(recipe: Recipe, sets: dict[str, Source], steps: tuple[str, ...]) -> Iterator[Inputs]:
-    """What each step is made from: its settings, its data files, and a hash of what the step before was made from."""
+    """What each step is made from: its settings but for those that leave its result as it is (``resume.SAME_RESULT``),
+    its data files, and a hash of what the step before was made from."""
     settings = recipes.as_dict(recipe)
+    for key in SAME_RESULT:
+        section, name = key.split(".")
+        del settings[section][name]
     before = None
     for step in steps:
         if step == "stage1":
@@ -266,32 +280,45 @@ def records(folder: Path) -> dict[str, Inputs]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def record(folder: Path, step: str, inputs: Inputs) -> None:
-    """Note that a step is done."""
-    replace_file(folder / RECORD, json.dumps(records(folder) | {step: inputs}, indent=2) + "\n")
+def record(folder: Path, entry: dict[str, Inputs], over: str = "") -> None:
+    """Note that a step has begun, or is done, which is the end of the note ``over``."""
+    kept = {name: inputs for name, inputs in records(folder).items() if name != over}
+    replace_file(folder / RECORD, json.dumps(kept | entry, indent=2) + "\n")
 
 
-def is_done(folder: Path, step: str, inputs: Inputs) -> bool:
-    """Whether a step is done. Raises UserError where it was made from something else."""
-    before = records(folder).get(step)
+def is_done(folder: Path, step: str, inputs: Inputs, sets: dict[str, Source]) -> bool:
+    """Whether a step is done and what it made is there. Raises UserError where it was made, or begun, from something
+    else."""
+    noted, begun = records(folder), f"{step}{BEGUN}"
+    before = noted.get(step, noted.get(begun))
     if before is None or not (folder / step).is_dir():
         return False
     if before == inputs:
-        return True
+        return step in noted and all(path.is_file() for path in products(folder / step, sets))
     old, new = (
         recipes.flatten({k: v if isinstance(v, dict) else {"": v} for k, v in x.items()}) for x in (before, inputs)
     )
-    changed = ", ".join(key.removesuffix(".") for key in new if old.get(key) != new[key])
+    changed = [key.removesuffix(".") for key in {**old, **new} if old.get(key) != new.get(key)]
+    told = ", ".join(key for key in changed if key != "before") or "of the step before"
     raise UserError(
-        f"{folder / step} was made with other settings or data ({changed}): --from {step} removes it and makes it "
-        "again, with all that follows; or choose another run.dir"
+        f"{folder / step} was {'made' if step in noted else 'begun'} with other settings or data ({told}): "
+        f"--from {step} removes it and makes it again, with all that follows; or choose another run.dir"
     )
 
 
+def products(made: Path, sets: dict[str, Source]) -> list[Path]:
+    """The file of each thing that a step makes which is written last."""
+    if made.name == "generate":
+        return [made / generate.RATIONALES]
+    if made.name == "evaluate":
+        return [made / name / "metrics.json" for name in sets]
+    return [merged(made / "judge") / "tract.json"]
+
+
 def forget(folder: Path, steps: tuple[str, ...]) -> None:
-    """Remove what the ``steps`` left and the record of them. Raises UserError where no step of a run is recorded."""
+    """Remove what the ``steps`` left and the record of them. Raises UserError where there is no run."""
     if not (folder / RECORD).exists():
-        raise UserError(f"run.dir = {folder} has no {RECORD}: no step is done, so leave out --from")
+        raise UserError(f"run.dir = {folder} has no {RECORD}: no step has begun, so leave out --from")
     for step in steps:
         if (folder / step).is_dir():
             aside = folder / f"{step}.removed"  # in one go, before the record: killed here, the step is not done
@@ -299,5 +326,5 @@ def forget(folder: Path, steps: tuple[str, ...]) -> None:
             (folder / step).rename(aside)
             print(f"removed: {folder / step}")
             shutil.rmtree(aside)
-    kept = {name: inputs for name, inputs in records(folder).items() if name not in steps}
+    kept = {name: inputs for name, inputs in records(folder).items() if name.removesuffix(BEGUN) not in steps}
     replace_file(folder / RECORD, json.dumps(kept, indent=2) + "\n")
