@@ -474,8 +474,14 @@ def test_template_is_filled_and_its_parts_are_asked_for():
     names = {"instruction": "orig_instruction", "response": "orig_response", "reference": "orig_reference_answer"}
     found = judge.score(**names, rubric=rubric, n=2, max_new_tokens=5)
     assert found == judge.score(prompts.fill_template(parts), n=2, max_new_tokens=5)
-    with pytest.raises(UserError, match=r"needs orig_reference_answer, orig_criteria, orig_score1_description"):
+    with pytest.raises(UserError, match=r"^reference, rubric\['criteria'\], rubric\['1'\].* is missing: a rubric is"):
         judge.score(instruction="x", response="y")
+    with pytest.raises(UserError, match=r"^rubric\['3'\] is missing"):
+        judge.score(**names, rubric=rubric | {"3": None})
+    with pytest.raises(UserError, match=r"^rubric has '6'"):
+        judge.score(**names, rubric=rubric | {"6": "more"})
+    with pytest.raises(UserError, match=r"a prompt or its parts .*not both"):
+        judge.score("x", **names, rubric=rubric)
     with pytest.raises(UserError, match=r"needs orig_criteria"):
         judge.prompt(**{name: "x" for name in prompts.PARTS if name != "orig_criteria"})
     with pytest.raises(UserError, match=r"needs orig_instruction, .*each a text"):

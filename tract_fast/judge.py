@@ -86,7 +86,17 @@ class Judgement:
 def parts_of(
     instruction: str | None, response: str | None, reference: str | None, rubric: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """What the Feedback Collection calls the parts of a prompt."""
+    """What the Feedback Collection calls the parts of a prompt. Raises UserError where one is missing."""
+    given = {"instruction": instruction, "response": response, "reference": reference}
+    wanted = ("criteria", "1", "2", "3", "4", "5")
+    lacking = [name for name, part in given.items() if part is None]
+    lacking += [f"rubric[{key!r}]" for key in wanted if rubric.get(key) is None]
+    odd = [key for key in rubric if key not in wanted]
+    if lacking or odd:
+        told = f"{', '.join(lacking)} is missing" if lacking else f"rubric has {odd[0]!r}"
+        raise UserError(
+            f"{told}: a rubric is a dict of {', '.join(map(repr, wanted))}, each a text, as are the other parts"
+        )
     described = {f"orig_score{k}_description": rubric.get(str(k)) for k in range(1, 6)}
     criteria = {"orig_criteria": rubric.get("criteria")} | described
     return {"orig_instruction": instruction, "orig_response": response, "orig_reference_answer": reference} | criteria
