@@ -183,6 +183,12 @@ def test_an_error_names_the_file_only_where_the_file_is_wrong(refused):
         (Data, {"train": "d", "on_error": "warn"}, "data.on_error"),
         (Score, {"labels": ("1",), "values": (1.0,)}, "score.labels"),
         (Score, {"labels": ("1", ""), "values": (1.0, 2.0)}, "score.labels"),
+        (
+            Score,
+            {"labels": tuple("012")},
+            r"score.values = .*: must be as many as score.labels \(3\), such as \[0, 1, 2\]",
+        ),
+        (Score, {"labels": ("A", "B")}, r"such as \[1, 2\]"),
         (Score, {"labels": ("1", "1"), "values": (1.0, 2.0)}, "score.labels"),
         (Score, {"labels": ("1", "2")}, "score.values"),
         (Score, {"labels": ("1", "2"), "values": (1.0, 1.0)}, "score.values"),

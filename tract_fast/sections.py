@@ -137,7 +137,9 @@ class Score:
         odd = [label for label in self.labels if label != label.strip()]
         _require(not odd, "score.labels", odd, "must have no space around them: the score sentence has its own")
         _require(len(set(self.labels)) == len(self.labels), "score.labels", list(self.labels), "must all differ")
-        rule = f"must be as many as score.labels ({len(self.labels)}), such as {list(range(1, len(self.labels) + 1))}"
+        digits = all(label.isdecimal() for label in self.labels)  # then they are meant as they read
+        example = list(map(int, self.labels)) if digits else list(range(1, len(self.labels) + 1))
+        rule = f"must be as many as score.labels ({len(self.labels)}), such as {example}"
         _require(len(self.values) == len(self.labels), "score.values", list(self.values), rule)
         _require(len(set(self.values)) == len(self.values), "score.values", list(self.values), "must all differ")
 

@@ -211,6 +211,8 @@ def _collection(fields: dict[str, Any], scale: dict[str, float]) -> dict[str, An
     else:
         prompt = fill_template({part: _text(fields, part) for part in PARTS})
     found = _scores_written(output, scale)
+    if not found and (written := SCORE_SENTENCE.findall(output)):
+        found = {IN_SENTENCE: written[-1].strip(AROUND_SCORE)}  # not on the scale, which is told below
     if not found:
         raise _Broken(f"output has no score: neither '[RESULT] n' nor 'So the overall score is n' ({output[-40:]!r})")
     if len(set(found.values())) > 1:
