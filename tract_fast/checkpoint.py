@@ -198,7 +198,7 @@ def _state(path: Path) -> dict[str, Any]:
     try:
         found = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, f"state.json: {one_line(error)}") from error
     return found if isinstance(found, dict) else {}
 
 
@@ -225,9 +225,10 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 def _damaged(path: Path, error: BaseException | str) -> UserError:
+    others = sorted(p.name for p in written(path.parent) if p != path and (p / "state.json").is_file())
     return UserError(
         f"{path} is damaged ({one_line(error)}): write the name of an earlier checkpoint into "
-        f"{path.parent / 'latest'}, if one is left"
+        f"{path.parent / 'latest'}: {', '.join(others) or 'none is left'}"
     )
 
 
