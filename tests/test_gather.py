@@ -3,8 +3,8 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.operators import Called
 from tract_fast.gather import add_rows, add_runs, add_sorted, gather_rows
 
 
@@ -37,17 +37,10 @@ def test_both_sums(add):
 
 def test_the_sum_of_cuda_sorts():
     """``index_add_`` gives the same sums and leaves their order to the threads, which no comparison would show."""
-    called = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            called.append(func)
-            return func(*args, **kwargs or {})
-
     tensors = torch.zeros(4, 2), torch.tensor([0, 0, 3]), torch.ones(3, 2)
-    with Record():
+    with Called() as called:
         add_sorted(*tensors)
-    assert called == [torch.ops.aten.index_put_.default]
+    assert called.operators == [torch.ops.aten.index_put_.default]
 
 
 def test_operators_keep_their_promises():

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.operators import Called
 from tests.test_attention import plain_varlen
 from tests.tiny_models import tiny_lm
 from tests.tiny_runs import tiny_recipe, write_data
@@ -343,18 +343,11 @@ def test_held_out_metrics_are_the_same(tmp_path, monkeypatch):
 
 def test_repeated_rows_are_summed_in_order():
     """Rows of the head that are there once for each rationale: on CUDA plain indexing would leave their order open."""
-    called = []
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            called.append(func)
-            return func(*args, **kwargs or {})
-
     model, examples = tract_model("llama"), judgements([(4, [3, 3])], 0)
     norm = normalizer(examples, ce_weight=1, regression_weight=1, score_ce=True, ce_reduction="token")
     batch = collate(examples, norm, score_ce=True, share="prompts")
     assert len(set(batch.rows.tolist())) < len(batch.rows)
     hidden = torch.randn(batch.input_ids.shape[1], 32, requires_grad=True)
-    with Record():
+    with Called() as called:
         model.head(hidden, batch).loss.backward()
-    assert torch.ops.tract_fast.add_rows.default in called
+    assert torch.ops.tract_fast.add_rows.default in called.operators

@@ -113,7 +113,6 @@ def epoch_tokens(train: Train, examples: Sequence[Encoded], sharing: Sharing, wo
         members, packed = plan_step(train, examples, sharing, step, world)
         logical += sum(len(e.ids) for e in members)
         parts = ([members[i] for i in micro] for rank in packed for micro in rank)
-        parts = ([members[i] for i in micro] for rank in packed for micro in rank)
         computed += sum(batches.layout_of(part, share=sharing.share).tokens for part in parts)
     whole = sum(len(e.ids) for e in examples)
     return whole, round(computed * whole / logical)
