@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import estimate, log, model, train
+from tract_fast import estimate, feed, log, model, train
 from tract_fast.attention import DOCUMENTS
 from tract_fast.data import prompt
 from tract_fast.data.batch import collate, normalizer
@@ -123,14 +123,14 @@ def test_plan_counts_what_training_does(tmp_path, share, monkeypatch):
     sharing = choose_sharing(recipe, data.config, DOCUMENTS, data.train, world=1)
     assert sharing.share == {"auto": "prompts", "off": None}[share]
     step = estimate.plan(recipe, data.train, sharing=sharing)
-    keys, collate_of = [], train.collate
+    keys, collate_of = [], feed.collate
 
-    def watched(*args):
-        batch = collate_of(*args)
+    def watched(*args, **options):
+        batch = collate_of(*args, **options)
         keys.append(0 if batch.key_index is None else len(batch.key_index))
         return batch
 
-    monkeypatch.setattr(train, "collate", watched)
+    monkeypatch.setattr(feed, "collate", watched)
     train.run(recipe)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "eval" not in line]

@@ -27,15 +27,15 @@ def gradients(recipe, step=0, draw=0):
     """Gradients of one optimizer step, before clipping, by parameter name; ``draw``: another has other dropout."""
     with shard.start_ranks() as ranks:
         job = train.assemble(recipe, ranks, prepare(recipe, lambda text: None), lambda text: None)
-        examples, micro_batches, norm = train.plan_step(job, step)
+        taken = job.feed.take(step)
         train.seed_step(recipe.train.seed, step, draw)
         loss = 0.0
-        for chosen in micro_batches:
-            out = job.model(train.collate(job, [examples[i] for i in chosen], norm))
+        for batch in taken.micro_batches:
+            out = job.model(batch)
             out.loss.backward()
             loss += out.loss.item()
         found = {n: p.grad.full_tensor().clone() for n, p in job.model.trainable().items()}
-        return loss, found, len(micro_batches), examples, job
+        return loss, found, len(taken.micro_batches), taken.examples, job
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])
@@ -205,7 +205,7 @@ def test_metrics_lines(tmp_path):
     steps = [line for line in lines if "eval" not in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     names = ["step", "loss", "ce", "mse", "score_mass", "score_mae", "lr", "grad_norm"]
-    names += ["tokens", "logical_tokens", "rows", "samples", "seconds", "tflops", "memory"]
+    names += ["tokens", "logical_tokens", "rows", "samples", "seconds", "waited", "tflops", "memory"]
     assert all(list(line) == names for line in steps)
     held_out = [line for line in lines if "eval" in line]
     assert [line["step"] for line in held_out] == [0, 2, 4, 6]

@@ -12,7 +12,7 @@ from tests.tiny_models import tiny_lm
 from tract_fast import recipe as recipes
 from tract_fast.recipe import Recipe
 
-TIMES = ("seconds", "tflops", "mfu", "memory")
+TIMES = ("seconds", "waited", "tflops", "mfu", "memory")
 WORDS = [
     "the reply is kind",
     "the reply is curt",

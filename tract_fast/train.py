@@ -20,12 +20,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from tract_fast import (
     alike,
     checkpoint,
     estimate,
     evaluate,
+    feed,
     log,
     memory,
     model,
@@ -59,6 +61,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     total: int  # optimizer steps of the whole run
     sharing: sharing.Sharing
+    feed: feed.Feed
     work: perf.Work | None  # what the model multiplies; None: not known for this architecture
     peak: float | None  # FLOP/s of a device at its best
 
@@ -139,7 +142,8 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
         say("mfu: not known for this architecture, whose blocks hold weights outside of linear layers")
     else:
         say(f"mfu: of {peak / 1e12:.0f} TFLOP/s a device ({source})" if peak else f"mfu: not shown ({source})")
-    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, shared, work, peak)
+    steps = feed.Feed(recipe, data.train, shared, ranks, work, total)
+    return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, shared, steps, work, peak)
 
 
 def agreed(start: Path | None, run_dir: Path, ranks: Ranks) -> Path | None:
@@ -286,23 +290,25 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
     started = time.perf_counter()
     recipe, ranks = job.recipe, job.ranks
     seed_step(recipe.train.seed, step, ranks.rank)
-    examples, micro_batches, norm = plan_step(job, step)
+    with record_function("step: data"):
+        taken = job.feed.take(step)
+    examples, waited = taken.examples, time.perf_counter() - started
     lr = optim.learning_rate(step, job.total, recipe.train)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
     sums = torch.zeros(11, dtype=torch.float64, device=ranks.device)
-    for left, chosen in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+    sums[8] = taken.flops
+    for left, batch in zip(reversed(range(len(taken.micro_batches))), taken.micro_batches, strict=True):
         if recipe.lora.rank:  # adapters are small enough to hold their gradients until all can be reduced at once
             job.model.set_requires_gradient_sync(left == 0)
-        batch = collate(job, [examples[i] for i in chosen], norm)
-        if job.work and chosen:
-            sums[8] += job.work.flops(*segments(batch), len(batch.rows))
         batch = batch.to(ranks.device)
-        out = job.model(batch)
+        with record_function("step: forward"):
+            out = job.model(batch)
         out.loss.backward()
         sums[:8] += tally(out, batch)
     trained = list(job.model.trainable().values())
-    norm_of_gradient = shard.gradient_norm(trained)
+    with record_function("step: clip"):
+        norm_of_gradient = shard.gradient_norm(trained)
     sums[9], sums[10] = float(stop.received is not None), float(unsaved)
     shard.all_sum(sums)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
@@ -312,9 +318,11 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise_not_finite(step, loss, grad_norm, examples)
     if recipe.train.clip is not None:
-        shard.clip_gradients(trained, recipe.train.clip, norm_of_gradient)
-    job.optimizer.step()
-    job.optimizer.zero_grad()
+        with record_function("step: clip"):
+            shard.clip_gradients(trained, recipe.train.clip, norm_of_gradient)
+    with record_function("step: optimizer"):
+        job.optimizer.step()
+        job.optimizer.zero_grad()
     ce_tokens = sum(batches.ce_tokens(e, recipe.loss.score_ce) for e in examples)
     rows = sum(len(e.ids) - e.prompt_len for e in examples)
     seconds = time.perf_counter() - started
@@ -334,6 +342,7 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
         "samples": len(examples),
         **sampled,
         "seconds": seconds,
+        "waited": waited,
         **speed(job, flops, seconds),
         "stop": STOPPED[stop.received or signal.SIGTERM] if stopping else 0,  # any rank's signal stops all
         "unsaved": missing > 0,
@@ -347,30 +356,6 @@ def speed(job: Job, flops: float, seconds: float) -> dict[str, float]:
         achieved = flops / seconds / job.ranks.world
         found = {"tflops": achieved / 1e12} | ({"mfu": achieved / job.peak} if job.peak else {})
     return found | {"memory": perf.peak_memory(job.ranks.device) / 2**30}
-
-
-def segments(batch: batches.Batch) -> tuple[list[int], list[int]]:
-    """(queries, keys) of each segment of a micro-batch that is on the CPU."""
-    return batch.cu_seq_lens_q.diff().tolist(), batch.cu_seq_lens_k.diff().tolist()
-
-
-def plan_step(job: Job, step: int) -> tuple[list[Encoded], list[list[int]], batches.Normalizer]:
-    """The step's examples (of all ranks), this rank's micro-batches as indices into them, and the global counts."""
-    train, loss = job.recipe.train, job.recipe.loss
-    examples, packed = sharing.plan_step(train, job.data.train, job.sharing, step, job.ranks.world)
-    norm = batches.normalizer(
-        examples,
-        ce_weight=loss.ce_weight,
-        regression_weight=loss.regression_weight,
-        score_ce=loss.score_ce,
-        ce_reduction=loss.ce_reduction,
-    )
-    return examples, packed[job.ranks.rank], norm
-
-
-def collate(job: Job, examples: list[Encoded], norm: batches.Normalizer) -> batches.Batch:
-    """One micro-batch of the job, on the CPU."""
-    return batches.collate(examples, norm, score_ce=job.recipe.loss.score_ce, share=job.sharing.share)
 
 
 def tally(out: TractLoss | SampledTractLoss, batch: batches.Batch) -> Tensor:

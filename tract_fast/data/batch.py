@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -60,10 +60,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``; from pinned memory, since other copies to CUDA wait."""
+        batch = self.pinned() if device.type == "cuda" else self
+        return batch._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in host memory that CUDA reads by itself; of one that is there already, itself."""
+        return self._with(torch.Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         tensors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
-        if device.type == "cuda":
-            tensors = {name: v.pin_memory() for name, v in tensors.items()}
-        return replace(self, **{name: v.to(device, non_blocking=True) for name, v in tensors.items()})
+        return replace(self, **{name: change(v) for name, v in tensors.items()})
 
 
 def steps_per_epoch(n: int, batch: int) -> int:
