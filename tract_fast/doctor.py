@@ -1,25 +1,43 @@
-"""What this machine is, what runs on it and why, and whether the loss computes what it should here."""
+"""What this machine is, what runs on it and why, and whether what runs computes what it should: a bug report.
+
+Plain lines without wrapping, to be pasted as they are. ``machine`` has the facts and ``selftest`` the checks; each
+choice is made by the function that training calls.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from tract_fast import __version__, attention
+from tract_fast import __version__, attention, machine, optim, selfcheck, selftest, vllm
 from tract_fast.errors import UserError
-from tract_fast.loss import linear_tract_loss, native
-from tract_fast.loss.choice import choose, runs_triton
+from tract_fast.head import choose_loss
+from tract_fast.loss import native
+from tract_fast.loss.choice import runs_triton
 from tract_fast.loss.tuning import autotunes
+from tract_fast.model import choose_liger
+from tract_fast.sections import Generate, Loss, Model, Train
 from tract_fast.shard import local_device
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "flash-attn", "liger-kernel")
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative, of loss and gradients against float64
-LLAMA_HEAD = {"n_vocab": 128_256, "width": 4096}  # Llama-3.1-8B: what the choices are shown for
+DTYPES = tuple(selftest.TOLERANCE)
+
+
+class Head(NamedTuple):
+    """Llama-3.1-8B's, as far as the choice of a loss asks a model's configuration: what it is shown for."""
+
+    vocab_size: int = 128_256
+    hidden_size: int = 4096
+
+    def get_text_config(self) -> Head:
+        return self
 
 
 def versions(others: tuple[str, ...] = ()) -> dict[str, str]:
@@ -42,43 +60,6 @@ def describe_device(device: torch.device) -> str:
     return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
-def check_loss(implementation: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Largest relative error of loss, dX and dW against the definition in float64: 2500 rows of a small head in one
-    chunk, and in several with bias, cap and the vocabulary's normalisation."""
-    n, v, d = 2500, 1003, 96
-    generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    head = [(3 * random(n, d)).to(dtype), (random(v, d) / 10).to(dtype), random(v).to(dtype)]
-    labels = torch.randint(v, (n,), generator=generator)
-    rows, targets = torch.arange(50, n, 100), 1 + 4 * torch.rand(25, generator=generator)
-    rest = [x.to(device) for x in (labels, rows, targets, torch.arange(11, 40, 7), torch.arange(1.0, 6.0))]
-
-    def grads(implementation: str, dtype: torch.dtype, several: bool) -> list[Tensor]:
-        hidden, weight, bias = (x.to(device, dtype).requires_grad_() for x in head)
-        more = {"bias": bias, "softcap": 20.0, "normalize": "vocab", "memory_budget": 1} if several else {}
-        loss = linear_tract_loss(hidden, weight, *rest, implementation=implementation, **more).loss
-        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
-
-    errors = dict.fromkeys(("loss", "dX", "dW"), 0.0)
-    for several in (False, True):
-        pairs = zip(grads(implementation, dtype, several), grads("reference", torch.float64, several), strict=True)
-        for name, (got, true) in zip(errors, pairs, strict=True):
-            error = ((got.double() - true).norm() / true.norm()).item()
-            errors[name] = error if not error <= errors[name] else errors[name]  # a NaN stays
-    return errors
-
-
-def verdict(implementation: str, device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
-    """(whether something is wrong, what to print)."""
-    try:
-        errors = check_loss(implementation, device, dtype)
-    except Exception as error:  # whatever a compiler, a driver or a library raises: told, and the rest is still printed
-        return True, f"FAILS: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    bad = not max(errors.values()) <= TOLERANCE[dtype]
-    told = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
-    return bad, f"{'WRONG' if bad else 'right'}; error against float64: {told}"
-
-
 def describe_row_pass(device: torch.device) -> str:
     """Which row pass the chunked loss has on this device."""
     if runs_triton(device.type):
@@ -91,9 +72,107 @@ def describe_row_pass(device: torch.device) -> str:
     return f"PyTorch: {native.missing()}" if native.missing() else f"C++ ({native.variant()}); float16: PyTorch"
 
 
+def choices(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """(part, function that says what it will use and why) of a run with the recipe's defaults."""
+    for dtype in DTYPES:
+        short = str(dtype).removeprefix("torch.")
+        # a model that caps its attention logits says at its start what else it needs
+        attend = partial(attention.resolve_attention, "auto", device, dtype, softcap=False)
+        yield f"attention, {short}", partial(with_reason, attend)
+        for gradient in ("exact", "sampled"):
+            loss = partial(choose_loss, Loss(gradient=gradient), dtype, device, Head())
+            yield f"loss, {gradient}, {short}", partial(with_reason, loss)
+    yield "row pass", partial(describe_row_pass, device)
+    yield "liger", lambda: choose_liger(Model(path="any").liger, device)[1]
+    yield "compiled code", partial(describe_compiler, device)
+    yield "optimizer", partial(describe_optimizer, device)
+    yield "generation", partial(describe_generation, Generate().backend)
+
+
+def with_reason(choose: Callable[[], tuple[str, str]]) -> str:
+    name, reason = choose()
+    return f"{name} ({reason})"
+
+
+def describe_compiler(device: torch.device) -> str:
+    """Whether code can be compiled when it is needed: ``train.compile``, and on CUDA every Triton kernel."""
+    what = "train.compile" + (" and Triton" if device.type == "cuda" else "")
+    builds, reason = machine.compiler(device)
+    return f"{what} can run: {reason}" if builds else f"{what} cannot run: {reason}"
+
+
+def describe_optimizer(device: torch.device) -> str:
+    """Which AdamW the optimizer of a run is."""
+    (group,) = optim.adamw([torch.nn.Parameter(torch.zeros(1, 1, device=device))], Train()).param_groups
+    return "AdamW, fused: one pass over weights and state" if group["fused"] else "AdamW, foreach or a loop"
+
+
+def describe_generation(backend: str) -> str:
+    """Who writes rationales, and whether vLLM could be."""
+    try:
+        vllm.check_vllm()
+        other = "generate.backend vllm can be, too"
+    except UserError as error:
+        other = str(error)
+    return f"{'transformers, in this process' if backend == 'auto' else backend} ({other})"
+
+
+def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
+    """(name, check) of the self-test."""
+    for dtype in DTYPES:
+        short = str(dtype).removeprefix("torch.")
+        for name in ("chunked", "fused") if runs_triton(device.type) else ("chunked",):
+            yield f"loss {name}, {short}", partial(selftest.check_loss, name, device, dtype)
+        yield f"loss sampled, {short}", partial(selftest.check_sampled, device, dtype)
+        yield f"attention, {short}", partial(check_attention, device, dtype)
+        yield f"save, {short}", partial(selftest.check_save, dtype)
+
+
+def check_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The start-up check of the attention that a run would take."""
+    name, _ = attention.resolve_attention("auto", device, dtype, softcap=False)
+    return selfcheck.alignment(name, device, dtype)
+
+
+def facts(failed: list[str]) -> Iterator[tuple[str, str]]:
+    """Of the machine, and the names of those that cannot be told into ``failed``."""
+    yield from machine.host().items()
+    try:
+        yield from machine.gpus().items()
+    except Exception as error:  # of a driver that answers some calls and fails others
+        failed.append("GPU")
+        yield "GPU", selftest.failure(error)
+
+
+def told(lines: Iterable[tuple[str, Callable[[], str]]], failed: list[str]) -> Iterator[tuple[str, str]]:
+    """Each line as soon as it is known, and the names of those that cannot be told into ``failed``."""
+    for name, text in lines:
+        try:
+            yield name, text()
+        except Exception as error:  # told, and the rest is still printed
+            failed.append(name)
+            yield name, selftest.failure(error)
+
+
+def tested(tests: Iterable[tuple[str, Callable[[], str]]], failed: list[str]) -> Iterator[tuple[str, str]]:
+    """The verdict of each test, and the names of those that are wrong or fail into ``failed``."""
+    for name, test in tests:
+        bad, text = selftest.verdict(test)
+        failed.extend([name] * bad)
+        yield name, text
+
+
+def show(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    """A titled table. The user's name is in the path of a home folder, which some errors tell."""
+    print(f"\n{title}")
+    home = str(Path.home())
+    for name, text in lines:
+        print(f"  {name:24} {text.replace(home, '~') if home != '/' else text}", flush=True)
+
+
 def run() -> int:
-    """Print it all; returns 1 where the loss is wrong or fails here, else 0. UserError: no such TRACT_FAST_CPU."""
-    console = Console(highlight=False, soft_wrap=True)
+    """Print it all; returns 1 where something is wrong or fails here, else 0. UserError: no such TRACT_FAST_CPU."""
+    began = time.perf_counter()
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -101,25 +180,15 @@ def run() -> int:
         native.check_variant()
     except ValueError as error:
         raise UserError(str(error)) from error
-    row_pass = describe_row_pass(device)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, version in versions().items():
-        table.add_row(name, version)
-    console.print(table)
-    console.print(f"\ndevice: {describe_device(device)}", markup=False)
-    wrong = False
-    for dtype in TOLERANCE:
-        short = str(dtype).removeprefix("torch.")
-        console.print(f"\nin {short}:", markup=False)
-        name, reason = attention.resolve_attention("auto", device, dtype, softcap=False)
-        console.print(f"  attention: {name} ({reason})", markup=False)
-        name, reason = choose("auto", device_type=device.type, dtype=dtype, **LLAMA_HEAD)
-        console.print(f"  loss: {name} ({reason})", markup=False)
-        for name in ("chunked", "fused") if runs_triton(device.type) else ("chunked",):
-            bad, told = verdict(name, device, dtype)
-            wrong |= bad
-            console.print(f"  {name}: {told}", markup=False)
-    console.print(f"\nrow pass: {row_pass}", markup=False)
-    if wrong:
-        console.print("the loss is wrong here: train with loss.implementation reference, and report this output")
-    return int(wrong)
+    failed: list[str] = []
+    print(f"tract-fast doctor: {describe_device(device)}")
+    show("machine", facts(failed))
+    show("versions", versions().items())
+    show("what runs here", told(choices(device), failed))
+    show("self-test", tested(checks(device), failed))
+    print(f"\nin {time.perf_counter() - began:.0f} s; wrong: {', '.join(failed) or 'nothing'}")
+    if any(name.startswith("loss") for name in failed):
+        print("the loss is wrong here: train with loss.implementation reference, and report this output")
+    elif failed:
+        print("report this output")
+    return int(bool(failed))

@@ -291,9 +291,11 @@ def build(
     lm = weights.skeleton(recipe.model, config, stored, name)
     check_head(lm, tokenizer, recipe.model.path)
     twin = weights.small_twin(recipe.model, config, stored, name, device)
-    if device.type == "cuda":
-        say(_apply_liger(lm, recipe.model.liger))
-        _apply_liger(twin, recipe.model.liger)
+    applied, reason = choose_liger(recipe.model.liger, device)
+    say(f"liger: {reason}")
+    if applied:
+        _apply_liger(lm)
+        _apply_liger(twin)
     softcap, logit_scale = logit_transform(config)
     say(selfcheck.packing(twin, dtype, name, softcap, logit_scale, share))
     if share:
@@ -333,13 +335,19 @@ def _head(linear: nn.Linear, recipe: Recipe, scale: ScoreScale, softcap: float |
     )
 
 
-def _apply_liger(lm: nn.Module, setting: str) -> str:
-    """Liger's norm, RoPE and SwiGLU in this model's layers; its loss stays off. Returns the line to print."""
+def choose_liger(setting: str, device: torch.device) -> tuple[bool, str]:
+    """Whether Liger's norm, RoPE and SwiGLU are applied, and the reason. ``setting`` is ``model.liger``."""
     if setting == "off":
-        return "liger: off (model.liger)"
+        return False, "off (model.liger)"
+    if device.type != "cuda":
+        return False, f"off (its kernels are for CUDA, and this is {device.type})"
     if importlib.util.find_spec("liger_kernel") is None:
-        return "liger: off (liger-kernel is not installed)"
+        return False, "off (liger-kernel is not installed)"
+    return True, "norm, RoPE and SwiGLU where this architecture has them"
+
+
+def _apply_liger(lm: nn.Module) -> None:
+    """Liger's norm, RoPE and SwiGLU in this model's layers; its loss stays off."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=lm, fused_linear_cross_entropy=False, cross_entropy=False)
-    return "liger: norm, RoPE and SwiGLU where this architecture has them"
