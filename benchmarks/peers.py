@@ -36,6 +36,7 @@ def vicuna(sequences: int, vocab: int, width: int) -> Shape:
 
 
 SHAPES = {
+    "tiny": Shape(128, 512, 64),  # for a rehearsal
     "smollm2-135m": Shape(1024, 49152, 576),
     "smollm2-135m-vicuna": vicuna(4, 49152, 576),
     "smollm2-135m-3000": Shape(3000, 49152, 576),

@@ -237,6 +237,7 @@ def test_unchecked_values_out_of_range_are_read_as_the_nearest_in_it():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_gives_the_numbers_of_the_cpu_without_a_sync():
     results = {}
@@ -253,6 +254,7 @@ def test_cuda_gives_the_numbers_of_the_cpu_without_a_sync():
         torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_values_on_cuda_are_checked_when_asked_and_harmless_when_not():
     bad = {"labels": [V, -5, 2**40, 0], "score_rows": [-1, N], "score_token_ids": [-3, V, 2**40]}
