@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 # one thread per test process: two processes share two cores better than one process with two threads
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
-.PHONY: install demo test test-native lint format gpu soak wheel clean
+.PHONY: install demo test test-native lint format bench gpu soak wheel clean
 
 install: $(STAMP)
 
@@ -48,6 +48,10 @@ test: lint test-native
 	$(TEST) -n 2 --dist worksteal
 	TRITON_INTERPRET=1 $(TEST) -n 2 --dist worksteal tests/loss/test_implementations.py \
 	  tests/loss/test_sampled.py
+
+# ratios of the quick benchmarks against those committed for this device; wants an idle machine
+bench: $(STAMP)
+	@PYTHON=$(BIN)/python bash benchmarks/bench.sh
 
 # on a GPU machine, with its own torch instead of .venv: make gpu [PYTHON=...] [WHEELS=folder] [ARGS='--only loss step']
 gpu:

@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="default: bfloat16 where the CPU multiplies it"
     )
+    parser.add_argument("--times-only", action="store_true", help="no errors, which take minutes, and no plot")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args, settings = parser.parse_known_args()
     slow = perf.slow_bfloat16(torch.device("cpu"))
@@ -233,11 +234,14 @@ def main() -> None:
     about = {"device": doctor.describe_device(torch.device("cpu")), **doctor.versions(()), "dtype": str(dtype)}
     shape = {"rows": len(p["hidden"]), "vocab": len(p["weight"]), "width": p["hidden"].shape[1]}
     print(about, shape)
-    found = {"errors": measure_errors(p, "TRACT") + measure_errors(p, "CE"), "times": measure_times(p, args.rounds)}
-    found["heavy"] = measure_heavy(p, args.rounds)
+    found = {} if args.times_only else {"errors": measure_errors(p, "TRACT") + measure_errors(p, "CE")}
+    found["times"] = measure_times(p, args.rounds)
+    if not args.times_only:
+        found["heavy"] = measure_heavy(p, args.rounds)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sampled.json").write_text(json.dumps({"versions": about, "shape": shape, **found}, indent=1) + "\n")
-    plot(found["errors"], found["times"], args.out / "sampled.png")
+    if not args.times_only:
+        plot(found["errors"], found["times"], args.out / "sampled.png")
 
 
 if __name__ == "__main__":
