@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[1]
 SITE = ROOT / "build" / "gpu-site"
 GRACE = 8.0  # seconds between SIGINT and SIGKILL
 PROBE = (
-    "import json, torch; there = torch.cuda.is_available(); "
-    "print(json.dumps({'torch': torch.__version__, 'gpu': torch.cuda.get_device_name() if there else None}))"
+    "import json, torch; gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None; "
+    "print(json.dumps({'torch': torch.__version__, 'folder': torch.__path__[0], 'gpu': gpu}))"
 )
 # module -> what is lost without it
 OPTIONAL = {
@@ -89,8 +89,8 @@ def wheel_part(folder: Path) -> Part:
     return Part("wheels", [*install, *wheels], 1, missing="" if wheels else f"none in {folder} that is not installed")
 
 
-def parts(out: Path, tiny: bool, model: Path | None) -> list[Part]:
-    """What runs after the wheels are there."""
+def parts(out: Path, tiny: bool, model: Path | None = None, torch: str = "") -> list[Part]:
+    """What runs after the wheels are there; ``torch`` is the folder that the kernels are built against."""
     python = sys.executable
     tools = [name for name in ("cmake", "c++") if shutil.which(name) is None]
     build = f"no {' and no '.join(tools)} on the PATH: without the native CPU kernels" if tools else ""
@@ -110,7 +110,8 @@ def parts(out: Path, tiny: bool, model: Path | None) -> list[Part]:
     step += ["--minutes", "{minutes}", "--out", str(out)] + (["--model-path", str(model)] if model else [])
     no_step = "" if (ROOT / "benchmarks" / "step.py").is_file() else "benchmarks/step.py is not there"
     # in the checkout: nothing of the machine's Python is written to, and all parts import from here
-    compile_here = ["env", "TRACT_FAST_REQUIRE_EXT=1", python, "setup.py", "-q", "build_ext", "--inplace"]
+    settings = ["env", "TRACT_FAST_REQUIRE_EXT=1", f"TRACT_FAST_TORCH={torch}"]
+    compile_here = [*settings, python, "setup.py", "-q", "build_ext", "--inplace"]
     doctor = [python, "-c", "from tract_fast import doctor; raise SystemExit(doctor.run())"]
     return [
         Part("build", compile_here, 1, build or lacking("setuptools")),
@@ -181,7 +182,7 @@ def summary(results: Sequence[Result], title: str) -> str:
 
 
 def probe() -> dict[str, str | None]:
-    """{"torch": its version, "gpu": the first GPU's name or None}; {"error": why} where there is no torch to ask."""
+    """Of torch its version and folder, and the first GPU's name or None; {"error": why} where there is none to ask."""
     found = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
     lines = found.stdout.strip().splitlines()
     if found.returncode == 0 and lines:
@@ -198,7 +199,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="every part on the CPU, as small as can be")
     parser.add_argument("--minutes", type=float, default=9.0, help="of it all; 9")
-    names = [part.name for part in parts(Path(), tiny=True, model=None)]
+    names = [part.name for part in parts(Path(), tiny=True)]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device>")
     args = parser.parse_args()
@@ -221,7 +222,7 @@ def main() -> int:
     models = sorted(Path(wheels).resolve().glob("*.gguf")) if wheels else []
     model = models[0] if models and not lacking("gguf") else None
     absent = [f"{m} ({lost})" for m, lost in OPTIONAL.items() if lacking(m)]
-    chosen = [part for part in parts(out, args.rehearse, model) if part.name in args.only]
+    chosen = [part for part in parts(out, args.rehearse, model, found.get("folder") or "") if part.name in args.only]
     results += run_all(chosen, out, deadline)
     title = f"{found.get('gpu') or 'rehearsal on a CPU'}, torch {found.get('torch')}"
     text = summary(results, title) + f"\nnot installed: {'; '.join(absent) or 'nothing'}\n"

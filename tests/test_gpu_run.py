@@ -100,7 +100,7 @@ def test_time_that_is_not_used_goes_to_those_after(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("code", "exit_code"), [("print('x')", 0), ("raise SystemExit(1)", 1)])
 def test_exit_code_and_summary(monkeypatch, tmp_path, capsys, code, exit_code):
-    monkeypatch.setattr(gpu, "parts", lambda out, tiny, model: [python("one", code), python("two", "print('a | b')")])
+    monkeypatch.setattr(gpu, "parts", lambda *_, **__: [python("one", code), python("two", "print('a | b')")])
     monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--out", str(tmp_path), "--minutes", "1"])
     monkeypatch.delenv("WHEELS", raising=False)
     assert gpu.main() == exit_code
@@ -112,7 +112,7 @@ def test_exit_code_and_summary(monkeypatch, tmp_path, capsys, code, exit_code):
 def test_every_part_can_be_planned(tmp_path):
     """Their files and flags are there: a benchmark that does not know a flag would find out on the GPU machine."""
     for tiny in (False, True):
-        for part in gpu.parts(tmp_path, tiny, model=Path("model.gguf")):
+        for part in gpu.parts(tmp_path, tiny, Path("model.gguf")):
             assert all((ROOT / word).exists() for word in part.command if word.startswith("tests/"))
             module = part.command[part.command.index("-m") + 1] if "-m" in part.command else ""
             if module.startswith("benchmarks.") and not part.missing:
