@@ -24,10 +24,18 @@ from typing import Any, NamedTuple
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 0.15
 COST, GAIN = re.compile(r"^ratio(_|$)|^to_|_to_"), re.compile(r"_ratio$")
-ABOUT = ("dtype", "model", "lora_rank", "prompts")  # of ``versions``: what was measured, beside with what
+ABOUT = ("dtype", "model", "lora_rank", "prompts", "data")  # of ``versions``: what was measured, beside with what
 MEASURED = re.compile(r"bytes|memory|entries|most")  # whole numbers that say nothing of which row it is
 BARE = "bare_gemms_ms"
-OURS = {"chunked", "fused", "sampled", "sampled 2^-12", "exact", "shared"}  # of contestants; the others are peers
+OURS = {
+    "chunked",
+    "fused",
+    "sampled",
+    "sampled 2^-12",
+    "exact",
+    "exact-1",
+    "shared",
+}  # of contestants; the others are peers
 
 Key = tuple[str, ...]
 
@@ -89,14 +97,16 @@ def identity(row: Mapping[str, Any]) -> Key:
 
 
 def half_range(row: Mapping[str, Any]) -> float:
-    """Of the rounds that a row keeps: its least, median and most, or all of them. Of two series their sum: a ratio has
-    the noise of both."""
+    """Of the rounds that a row keeps: least, median and most; or all times of one or two series (of two the sum: a ratio
+    has the noise of both); or rounds of several steps, of which the first warms up."""
     ranges = []
     if "least_ms" in row:
         ranges.append((row["most_ms"] - row["least_ms"]) / row["ms"])
-    series = row.get("all_seconds", {})
-    for times in series.values() if isinstance(series, dict) else [series]:
-        ranges.append((max(times) - min(times)) / sorted(times)[len(times) // 2])
+    kept = row.get("all_seconds", [])
+    for series in kept.values() if isinstance(kept, dict) else [kept]:
+        times = [t for x in series for t in (x[1:] if isinstance(x, list) else [x])]
+        if times:
+            ranges.append((max(times) - min(times)) / sorted(times)[len(times) // 2])
     return sum(ranges) / 2
 
 

@@ -19,7 +19,8 @@ STEP = {
     "versions": {"device": "CPU", "dtype": "bfloat16"},
     "rows": [
         {"model": "m", "contestant": "hf", "time_ratio": 1.0, "memory_ratio": 1.0, "peak_bytes": 7, "seconds": 2.0},
-        {"model": "m", "contestant": "exact", "time_ratio": 2.5, "memory_ratio": 3.0, "peak_bytes": 3, "seconds": 0.8},
+        {"model": "m", "contestant": "exact", "time_ratio": 2.5, "memory_ratio": 3.0, "peak_bytes": 3, "seconds": 0.8}
+        | {"all_seconds": [[9.0, 0.8, 0.82], [7.0, 0.78, 0.8]]},
     ],
 }
 VALUES = st.floats(1e-3, 1e3)
@@ -103,6 +104,8 @@ def test_the_tolerance_grows_with_the_rounds_of_a_row():
     row = {"k": 3, "time_ratio": 2.0, "memory_ratio": 2.0, "all_seconds": {"a": [1.0, 1.1, 1.2], "b": [2.0, 2.2, 2.0]}}
     found = {key[-1]: r.spread for key, r in ratios({"rows": [row]}).items()}
     assert found == {"time_ratio": pytest.approx((0.2 / 1.1 + 0.1) / 2), "memory_ratio": 0.0}
+    steps = {key[-1]: r.spread for key, r in ratios(STEP).items() if "contestant exact" in key}
+    assert steps == {"time_ratio": pytest.approx(0.04 / 0.8 / 2), "memory_ratio": 0.0}
 
 
 def run(monkeypatch, *arguments) -> int:
