@@ -97,7 +97,7 @@ def identity(row: Mapping[str, Any]) -> Key:
 
 
 def half_range(row: Mapping[str, Any]) -> float:
-    """Of the rounds that a row keeps: least, median and most; or all times of one or two series (of two the sum: a ratio
+    """Of the rounds that a row keeps: least, median, most; or all times of one or two series (of two the sum: a ratio
     has the noise of both); or rounds of several steps, of which the first warms up."""
     ranges = []
     if "least_ms" in row:
