@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,31 @@ def make_model(name: str, folder: Path, device: torch.device) -> Path:
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     lm.to("cpu").save_pretrained(folder)
     return folder
+
+
+ASKED = ("model", "path", "gguf_file", "data", "dtype", "batch", "steps")  # of ``recipe_of``
+
+
+def recipe_of(
+    model: str, path: str, steps: int, *, gguf_file=None, data=None, dtype: str = "bfloat16", batch: int = 4
+) -> Recipe:
+    """Steps of ``batch`` sequences in the order of the data; ``data`` None: random tokens."""
+    return Recipe(
+        model=recipes.Model(path=path, gguf_file=gguf_file, dtype=dtype),
+        lora=recipes.Lora(rank=LORA.get(model, 0)),
+        data=recipes.Data(train=data or "random tokens"),
+        train=recipes.Train(
+            batch=batch, max_tokens=8192, max_steps=steps, lr=1e-5, schedule="constant", warmup=0.0, shuffle=False
+        ),
+        run=recipes.Run(dir="unused"),
+    )
+
+
+def random_problem(model: str, scratch: Path, device: torch.device, steps: int) -> tuple[Recipe, Prepared]:
+    """Steps on the first feedback of each prompt, with random weights and tokens; ``scratch`` holds the weights."""
+    recipe = recipe_of(model, str(make_model(model, scratch / model, device)), steps)
+    data = read(recipe, real=False)
+    return recipe, replace(data, train=chosen(data.train, 1))
 
 
 def read(recipe: Recipe, real: bool) -> Prepared:

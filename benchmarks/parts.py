@@ -1,18 +1,22 @@
 """Where a training step's time goes: a table by part, forward and backward apart.
 
     python -m benchmarks.parts RECIPE [--steps N] [--out DIR] [--section.key value ...]
+    python -m benchmarks.parts --model llama-3.2-1b [...]
 
 torch.profiler records some steps of the recipe after two that warm up. Modules are marked by their kind while they
 run; an operator of the backward pass belongs to the part whose forward call made its node (they have the same sequence
 number). On a CPU an operator's time is its own processor-side time; on CUDA that of the kernels it launched. ``idle``
 is what is left of the wall time: waiting, Python between operators, and on CUDA gaps between kernels. The profiler
-itself costs time, mostly in Python: shares are of the profiled steps. Writes parts.json and parts.md.
+itself costs time, mostly in Python: shares are of the profiled steps. With ``--model`` weights and tokens are random,
+lengths real, and a step has four sequences, as in ``benchmarks.step``. Writes parts.json and parts.md, with ``--model``
+named for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,6 +25,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks import judgements
 from tract_fast import doctor, recipe as recipes, shard, train
 from tract_fast.launch import StopSignal
 from tract_fast.prepare import prepare
@@ -151,23 +156,30 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
+    parser.add_argument("recipe", type=Path, nargs="?")
+    parser.add_argument("--model", choices=judgements.CONFIGS, help="random weights and tokens instead of a recipe")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args, settings = parser.parse_known_args()
-    recipe = recipes.load(args.recipe, settings)
-    with shard.start_ranks() as ranks:
-        data = prepare(recipe, lambda line: None)
+    if (args.recipe is None) is (args.model is None):
+        raise SystemExit("give a recipe, or --model")
+    with tempfile.TemporaryDirectory() as scratch, shard.start_ranks() as ranks:
+        if args.model:
+            recipe, data = judgements.random_problem(args.model, Path(scratch), ranks.device, args.steps + 2)
+        else:
+            recipe = recipes.load(args.recipe, settings)
+            data = prepare(recipe, lambda line: None)
         job = train.assemble(recipe, ranks, data, print)
         if job.total < args.steps + 2:
             raise SystemExit(f"--steps {args.steps} and two before: the recipe has {job.total} steps")
         seconds, wall = record(job, args.steps)
     rows = rows_of(seconds, wall, args.steps)
-    about = {"device": doctor.describe_device(ranks.device), **doctor.versions(), "recipe": recipes.as_dict(recipe)}
-    about |= {"step_seconds": wall / args.steps, "tokens": "of the recipe's data"}
+    about = {"device": doctor.describe_device(ranks.device), **doctor.versions(), "step_seconds": wall / args.steps}
+    about |= {"recipe": recipes.as_dict(recipe), "random": args.model is not None}
+    name = f"parts-{args.model}" if args.model else "parts"
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "parts.json").write_text(json.dumps({"versions": about, "rows": rows}, indent=1) + "\n")
-    (args.out / "parts.md").write_text(table(rows) + "\n")
+    (args.out / f"{name}.json").write_text(json.dumps({"versions": about, "rows": rows}, indent=1) + "\n")
+    (args.out / f"{name}.md").write_text(table(rows) + "\n")
     print(f"a step: {wall / args.steps:.3f} s")
     print(table(rows))
 

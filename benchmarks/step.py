@@ -32,31 +32,17 @@ import torch
 
 from benchmarks import judgements, trainers
 from benchmarks.peak import PeakMemory
-from tract_fast import doctor, perf, recipe as recipes, shard
-from tract_fast.recipe import Recipe
+from tract_fast import doctor, perf, shard
 
 # the first step's loss may be so far from the same in float32: times what the base is, or at least this share of it
 TIMES_BASE, LEAST = 3.0, 0.02
 FLOAT32 = "float32"  # the name under which a child computes that
 
 
-def recipe_of(spec: dict[str, Any]) -> Recipe:
-    return Recipe(
-        model=recipes.Model(path=spec["path"], gguf_file=spec["gguf_file"], dtype=spec["dtype"]),
-        lora=recipes.Lora(rank=judgements.LORA.get(spec["model"], 0)),
-        data=recipes.Data(train=spec["data"] or "random tokens"),
-        train=recipes.Train(
-            batch=spec["batch"], max_tokens=8192, max_steps=spec["steps"], lr=1e-5, schedule="constant", warmup=0.0,
-            shuffle=False,
-        ),
-        run=recipes.Run(dir="unused"),
-    )  # fmt: skip
-
-
 def child(spec: dict[str, Any]) -> dict[str, Any]:
     """One contestant's steps in this process."""
     device = shard.local_device()
-    recipe = recipe_of(spec)
+    recipe = judgements.recipe_of(**{name: spec[name] for name in judgements.ASKED})
     data = judgements.read(recipe, real=spec["data"] is not None)
     problem = trainers.Problem(recipe, data, device, spec["steps"])
     if spec["contestant"] == FLOAT32:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,8 +38,7 @@ class Task:
 
 def on_two_ranks(tasks: Sequence[Task], folder: Path) -> dict[str, str]:
     """Do all tasks in two processes; returns the traceback by name of those that failed."""
-    ports = [_free_port() for _ in tasks]
-    mp.spawn(_rank, (tasks, ports, folder), nprocs=WORLD)
+    mp.spawn(_rank, (tasks, folder), nprocs=WORLD)
     return {task.name: text for task in tasks if (text := _failure(folder, task.name))}
 
 
@@ -47,9 +47,10 @@ def _failure(folder: Path, name: str) -> str:
     return "\n".join(file.read_text() for file in files if file.exists())
 
 
-def _rank(rank: int, tasks: Sequence[Task], ports: Sequence[int], folder: Path) -> None:
+def _rank(rank: int, tasks: Sequence[Task], folder: Path) -> None:
     torch.set_num_threads(1)
-    for task, port in zip(tasks, ports, strict=True):
+    for task in tasks:
+        port = _agreed_port(rank, folder / f"{task.name}.port")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
         try:
             task.work(*task.arguments, **task.options, joined=Joined(rank, rank, WORLD, "test"))
@@ -57,10 +58,21 @@ def _rank(rank: int, tasks: Sequence[Task], ports: Sequence[int], folder: Path) 
             (folder / f"{task.name}.{rank}.error").write_text(traceback.format_exc())
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def _agreed_port(rank: int, file: Path) -> int:
+    """A free port, looked for just before it is used: of those found minutes before, others take some."""
+    if rank == 0:
+        file.with_suffix(".new").write_text(str(free_port()))
+        file.with_suffix(".new").rename(file)
+    until = time.monotonic() + 300
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    return int(file.read_text())
 
 
 def trained_steps(recipe: Recipe, file: Path, steps: int = 4, *, joined: Joined | None = None) -> None:

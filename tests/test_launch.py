@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.kills import gone, kill_all, killed_again_and_again, tree
-from tests.ranks import _free_port
+from tests.ranks import free_port
 from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import checkpoint, launch, recipe as recipes, shard, train
 from tract_fast.errors import UserError
@@ -173,7 +173,7 @@ def test_two_nodes_meet(tmp_path):
     """Two launchers with one rank each, as on two nodes, train as one process does."""
     recipe = tiny_recipe(tmp_path)
     nodes = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "7"]
-    nodes += ["--rdzv-endpoint", f"localhost:{_free_port()}"]
+    nodes += ["--rdzv-endpoint", f"localhost:{free_port()}"]
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "tract_fast", "train"]
     both = [start(recipe, tmp_path / "r.yaml", "--run.nproc", "8", command=command) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in both]
@@ -197,7 +197,7 @@ def test_a_rank_that_is_killed_on_one_of_two_nodes(tmp_path):
         "--max-restarts",
         "1",
     ]
-    nodes += ["--monitor-interval", "0.2", "--rdzv-endpoint", f"localhost:{_free_port()}"]
+    nodes += ["--monitor-interval", "0.2", "--rdzv-endpoint", f"localhost:{free_port()}"]
     command = [sys.executable, "-m", "torch.distributed.run", *nodes, "-m", "tract_fast", "train"]
     both = [start(recipe, tmp_path / "r.yaml", "--run.nproc", "8", command=command) for _ in range(2)]
     wait_for(recipe, 30, both[0])
@@ -242,7 +242,7 @@ def test_each_start_has_a_name_of_its_own():
 def test_slurm_starts_the_ranks(tmp_path):
     """A task per rank: they join one another by what Slurm tells them."""
     recipe = tiny_recipe(tmp_path)
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(_free_port())}
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(free_port())}
     tasks = [start(recipe, tmp_path / "r.yaml", SLURM_PROCID=str(i), SLURM_LOCALID=str(i), **step) for i in range(2)]
     ends = [process.communicate(timeout=120) for process in tasks]
     assert [process.returncode for process in tasks] == [0, 0], ends

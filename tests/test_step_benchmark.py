@@ -70,9 +70,11 @@ def test_random_judgements_of_real_lengths(tmp_path, monkeypatch):
     assert errors["hf"] < 1e-5 and errors["exact"] < 1e-4 and errors["shared"] is None and not step.wrong(rows)
     by_name = {r["contestant"]: r for r in rows}
     assert by_name["shared"]["sequences"] == 6 and by_name["exact"]["exact_time_ratio"] == 1
+    _, data = judgements.random_problem("tiny", tmp_path / "again", CPU, 4)
+    assert len(data.train) == 320
     assert "| tiny |" in step.table(rows)
     step.plot(rows, tmp_path / "step.png")
-    lengths = [len(e.ids) for e in judgements.read(step.recipe_of(spec), real=False).train]
+    lengths = [len(e.ids) for e in judgements.read(judgements.recipe_of("tiny", str(folder), 2), real=False).train]
     assert len(lengths) == 960 and max(lengths) == 1882 and sum(lengths) / 960 == pytest.approx(1152, abs=1)
 
 
