@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -147,6 +148,7 @@ def document_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    kernel: Callable[..., Tensor] = scaled_dot_product_attention,
     **unused,
 ) -> tuple[Tensor, None]:
     """One attention call per document, or per few siblings; returns (1, T, H, D). On CUDA it waits for the lengths."""
@@ -155,12 +157,12 @@ def document_attention(
     calls = [([n_q], n_k - n_q) for n_q, n_k in zip(lengths_q, lengths_k, strict=True)]
     if key_index is not None:
         calls, index = _join_siblings(calls, key_index.cpu())
-        index = index.to(key_index.device)
+        index = index.to(key.device)
         key, value = (gather_rows(x[0].transpose(0, 1), index).transpose(0, 1)[None] for x in (key, value))
     queries = query.split([sum(parts) for parts, _ in calls], 2)
     keys, values = (x.split([before + sum(parts) for parts, before in calls], 2) for x in (key, value))
     out = [
-        _one_call(q, k, v, *call, scaling, sliding_window, softcap)
+        _one_call(q, k, v, *call, scaling, sliding_window, softcap, kernel)
         for q, k, v, call in zip(queries, keys, values, calls, strict=True)
     ]
     return torch.cat(out, dim=2).transpose(1, 2), None
@@ -198,15 +200,16 @@ def _one_call(
     scale: float | None,
     window: int | None,
     cap: float | None,
+    kernel: Callable[..., Tensor],
 ) -> Tensor:
     """Attention of siblings with ``parts`` tokens each to the ``before`` tokens before them all and to their own."""
     gqa = q.shape[1] != k.shape[1]
     windowed = window is not None and before + max(parts) > window
     if not cap and not windowed and not before:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        return kernel(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     visible = _visible(parts, before, window if windowed else None, q.device)
     if not cap:
-        return scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa)
+        return kernel(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     logits = (q @ k.transpose(2, 3)) * (q.shape[3] ** -0.5 if scale is None else scale)
     logits = (torch.tanh(logits / cap) * cap).masked_fill(~visible, float("-inf"))

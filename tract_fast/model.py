@@ -305,11 +305,7 @@ def build(
     if device.type == "cuda":  # the twin is gone: neither its memory nor its peak counts
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    if recipe.lora.rank:
-        add_lora(lm, recipe.lora, dtype, recipe.train.seed)
-    lm.set_output_embeddings(_head(lm.get_output_embeddings(), recipe, scale, softcap, logit_scale))
-    model = TractModel(lm)
-    checkpoint_activations(lm, model.blocks, recipe.train.activation_checkpointing)
+    model = completed(lm, recipe, scale)
     if recipe.train.compile:
         for block in model.blocks:
             block.compile(dynamic=True)
@@ -318,6 +314,16 @@ def build(
     weights.fill(lm, weight_files(recipe.model), whole, buffers, device, say, offload=recipe.shard.cpu_offload)
     if recipe.lora.rank:
         weights.draw_adapters(lm, recipe.lora, recipe.train.seed)
+    return model
+
+
+def completed(lm: nn.Module, recipe: Recipe, scale: ScoreScale) -> TractModel:
+    """``lm``, with storage or without, as the recipe trains it: LoRA, the head that returns losses, recomputation."""
+    if recipe.lora.rank:
+        add_lora(lm, recipe.lora, DTYPES[recipe.model.dtype], recipe.train.seed)
+    lm.set_output_embeddings(_head(lm.get_output_embeddings(), recipe, scale, *logit_transform(lm.config)))
+    model = TractModel(lm)
+    checkpoint_activations(lm, model.blocks, recipe.train.activation_checkpointing)
     return model
 
 

@@ -172,8 +172,33 @@ def check_shared(folder: Path, ranks: Ranks) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Modules whose weights are gathered and whose gradients are reduced together."""
+
+    name: str
+    modules: list[nn.Module]
+    resharded: bool | None  # after forward; None: FSDP2's choice for the root, which keeps its weights
+    in_backward: bool = True  # whether backward needs the weights
+
+
+def units(model: TractModel, settings: Shard) -> list[Unit]:
+    """What is sharded together: each block, the embedding, [norm, head] (with a tied embedding: all three), the rest."""
+    each = settings.reshard_after_forward
+    count = len(model.blocks)
+    found = [Unit(f"block {i} of {count}", [block], each) for i, block in enumerate(model.blocks, 1)]
+    embedding = model.lm.get_input_embeddings()
+    tail = [m for m in model.backbone.children() if "norm" in type(m).__name__.lower()] + [model.head]
+    if model.head.weight is embedding.weight:
+        tail.insert(0, embedding)
+    else:
+        found.append(Unit("the embedding", [embedding], each, in_backward=False))  # its gradient needs the tokens alone
+    # the tail is last in forward and first in backward
+    return [*found, Unit("the loss", tail, False), Unit("the rest", [model], None)]
+
+
 def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype, settings: Shard) -> None:
-    """Shard ``model`` in place: each block, the embedding, [norm, head] (with a tied embedding: all three), the rest.
+    """Shard ``model`` in place by its ``units``.
 
     Weights are gathered in ``compute_dtype``, gradients reduced in float32. Forward inputs are not cast: score targets
     and row weights must reach the head in float32. On a mesh of two dimensions the first holds replicas.
@@ -182,18 +207,11 @@ def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype, setti
     pin = mesh.device_type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=pin) if settings.cpu_offload else OffloadPolicy()
     options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
-    blocks = {**options, "reshard_after_forward": settings.reshard_after_forward}
-    for block in model.blocks:
-        fully_shard(block, **blocks)
-    embedding = model.lm.get_input_embeddings()
-    tail = [m for m in model.backbone.children() if "norm" in type(m).__name__.lower()] + [model.head]
-    if model.head.weight is embedding.weight:
-        tail.insert(0, embedding)
-    else:
-        fully_shard(embedding, **blocks)
-        embedding.set_unshard_in_backward(False)  # its gradient needs the tokens alone
-    fully_shard(tail, **options, reshard_after_forward=False)  # last in forward, first in backward
-    fully_shard(model, **options)
+    for unit in units(model, settings):
+        modules = unit.modules if len(unit.modules) > 1 else unit.modules[0]
+        fully_shard(modules, **options, reshard_after_forward=unit.resharded)
+        if not unit.in_backward:
+            unit.modules[0].set_unshard_in_backward(False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -39,7 +39,7 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
     """
     a = Arguments(*args)
     n, n_vocab = len(a.hidden), len(a.weight)
-    plan, rows = _plan(a), row_pass_for(a.hidden.device)
+    plan, rows = chunks_of(a), row_pass_for(a.hidden.device)
     terms, stats = row_terms(a), new_stats(a)
     dx, dw, db = _new_gradients(a, plan.defer, native.scratch)
     logits = native.scratch(a.hidden, plan.rows, padded(n_vocab))[:, :n_vocab]
@@ -61,9 +61,11 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
 
 
 @chunked_loss.register_fake
-def _(*args):  # len() of a tensor would fix its size in the trace: shape here and in what is called
+def empty_results(*args, device_type: str | None = None) -> tuple[Tensor, ...]:
+    """The results without values; ``device_type``: that whose chunks are planned, None: that of the arguments."""
+    # len() of a tensor would fix its size in the trace: shape here and in what is called
     a = Arguments(*args)
-    plan = _plan(a)
+    plan = chunks_of(a, device_type)
     n_vocab = a.weight.shape[0]
     dz = a.hidden.new_empty(plan.rows, padded(n_vocab))[:, :n_vocab] if plan.defer else a.hidden.new_empty(0, n_vocab)
     return new_scalar(a), *new_stats(a), new_scalar(a), *_new_gradients(a, plan.defer, torch.Tensor.new_empty), dz
@@ -93,7 +95,8 @@ def row_pass_for(device: torch.device):
     return native.row_pass if device.type == "cpu" else row_pass
 
 
-def _plan(a: Arguments) -> ChunkPlan:
+def chunks_of(a: Arguments, device_type: str | None = None) -> ChunkPlan:
+    """How a call is cut on a device of that type, or its own."""
     return plan_chunks(
         a.hidden.shape[0],
         a.weight.shape[0],
@@ -101,7 +104,7 @@ def _plan(a: Arguments) -> ChunkPlan:
         logit_bytes=a.hidden.element_size(),
         trained_weight=a.need_dw,
         budget=a.budget,
-        device=a.hidden.device.type,
+        device=device_type or a.hidden.device.type,
     )
 
 
