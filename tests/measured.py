@@ -24,15 +24,16 @@ from tract_fast.loss import native
 from tract_fast.prepare import prepare
 from tract_fast.recipe import Recipe
 
-SIZE = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512, "head_dim": 32}
+SIZE = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
 MODELS = {
     "llama": lambda v, **size: LlamaConfig(vocab_size=v, tie_word_embeddings=False, **SIZE, **size),
     "llama_tied": lambda v, **size: LlamaConfig(vocab_size=v, tie_word_embeddings=True, **SIZE, **size),
     "qwen3": lambda v, **size: Qwen3Config(vocab_size=v, **SIZE, **size),
     "gemma3": lambda v, **size: Gemma3TextConfig(vocab_size=v, sliding_window=32, **SIZE, **size),
 }
-WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
-DEEP = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12}
+WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "head_dim": 32}
+DEEP = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12, "head_dim": 32}
+THIN = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 16}
 # family, vocabulary, sizes, settings
 CASES: dict[str, tuple[str, int, dict, dict]] = {
     "full, float32": ("llama", 8000, WIDE, {}),
@@ -41,12 +42,12 @@ CASES: dict[str, tuple[str, int, dict, dict]] = {
     "every second recomputed, qwen3": ("qwen3", 8000, DEEP, {"train__activation_checkpointing": "2"}),
     "selective, LoRA": ("llama", 8000, DEEP, {"train__activation_checkpointing": "selective", "lora__rank": 16}),
     "gemma3, bfloat16": ("gemma3", 8000, WIDE, {"model__dtype": "bfloat16"}),
-    "several chunks, dW in float32": ("llama_tied", 128_000, WIDE, {"model__dtype": "bfloat16"}),
+    "several chunks, dW in float32": ("llama_tied", 160_000, THIN, {"model__dtype": "bfloat16", "train__batch": 80}),
     "sampled": ("llama", 64_000, WIDE, {"loss__gradient": "sampled"}),
     "reference": ("llama", 8000, WIDE, {"loss__implementation": "reference"}),
     "micro-batches": ("llama", 8000, WIDE, {"train__max_tokens": 400}),
     "micro-batches, LoRA": ("llama", 8000, WIDE, {"train__max_tokens": 400, "lora__rank": 64}),
-    "shared prompts": ("qwen3", 8000, WIDE, {"data__share_prompts": "auto", "train__max_tokens": 4000}),
+    "shared prompts": ("qwen3", 8000, WIDE, {"data__share_prompts": "auto"}),
 }
 
 
@@ -57,8 +58,8 @@ def recipe_of(name: str, folder: Path) -> Recipe:
     path = folder / family
     tiny_tokenizer().save_pretrained(path)
     random_lm(MODELS[family](vocabulary, **size)).save_pretrained(path)
-    write_data(folder / "data.jsonl", n=48, siblings=6 if shared else 1)
-    usual = {"train__batch": 48, "train__max_tokens": 4000, "train__shuffle": False, "train__max_steps": 3}
+    write_data(folder / "data.jsonl", n=settings.get("train__batch", 48), siblings=6 if shared else 1)
+    usual = {"train__batch": 48, "train__max_tokens": 8000, "train__shuffle": False, "train__max_steps": 3}
     usual |= {"data__holdout": 0.0, "data__share_prompts": "off"}
     return tiny_recipe(folder, family=family, **usual | settings)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+ACTIVATIONS = "activations"
 Inside = Callable[[Any, tuple], int]
 
 
@@ -29,13 +30,13 @@ class Ledger(TorchDispatchMode):
     def __init__(self, inside: Inside = lambda operator, args: 0, multiple: int = 1):
         super().__init__()
         self.inside, self.multiple = inside, multiple
-        self.purpose, self.moment = "activations", ""
+        self.purpose, self.moment = ACTIVATIONS, ""
         self.live: Counter[str] = Counter()  # bytes by purpose
         self.peak: Counter[str] = Counter()
         self.peak_moment = ""
         self.instead: dict[Any, Callable] = {}  # what is called in place of an operator
         self._held: dict[Any, tuple[str, int]] = {}
-        self._storages: dict[int, weakref.ref] = {}
+        self._storages: dict[int, Any] = {}  # by address, while they live: a weak reference, or itself
         self._total = self._highest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -68,6 +69,11 @@ class Ledger(TorchDispatchMode):
         """Bytes that are held for a moment."""
         self.hold("touched", purpose, size)
         self.drop("touched")
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these when a view of them is made: they are entered otherwise."""
+        for t in tensors:
+            self._storages[t.untyped_storage()._cdata] = t.untyped_storage()
 
     def rename(self, t: Tensor, purpose: str) -> None:
         """What ``t`` holds is for another purpose from now on."""

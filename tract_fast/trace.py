@@ -21,7 +21,7 @@ from tract_fast.data import batch as batches
 from tract_fast.data.batch import Batch
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.tree import Share
-from tract_fast.ledger import Ledger
+from tract_fast.ledger import ACTIVATIONS, Ledger
 from tract_fast.loss import footprint
 from tract_fast.loss.chunked import empty_results
 from tract_fast.loss.reference import TractLoss
@@ -32,6 +32,7 @@ from tract_fast.recipe import Recipe
 from tract_fast.shard import units
 
 WEIGHTS, STATE = "weights (trained: float32)", "AdamW state (float32)"
+LOSS, BACKWARD = "the loss", "computed in backward"
 ON_META = "tract_documents_on_meta"  # as transformers knows it
 CUDA_BLOCK = 512  # bytes that CUDA's allocator rounds up to
 
@@ -106,6 +107,7 @@ def peak(recipe: Recipe, data: Prepared, examples: Sequence[Encoded], place: Pla
     ledger = Ledger(functools.partial(footprint.inside, device_type=place.device.type), multiple)
     if place.device.type == "cpu":
         ledger.instead[torch.ops.tract_fast.chunked_loss.default] = functools.partial(empty_results, device_type="cpu")
+    ledger.leave_out([*model.parameters(), *model.buffers()])
     _hold_state(ledger, model, stored, split)
     mimic = Mimic(ledger, split, units(model, recipe.shard), stored)
     for p in model.trainable().values():
@@ -115,7 +117,7 @@ def peak(recipe: Recipe, data: Prepared, examples: Sequence[Encoded], place: Pla
     model.train()
     with ledger:
         out = model(batch)
-        ledger.purpose = "backward"
+        ledger.purpose = BACKWARD
         out.loss.backward()
         mimic.finish()
         del out
@@ -136,6 +138,15 @@ def _hold_state(ledger: Ledger, model: TractModel, stored: dict[nn.Parameter, in
 
 def _plan_loss(model: TractModel, place: Place, ledger: Ledger) -> None:
     head = model.head
+
+    def enter(*_) -> None:
+        ledger.purpose = LOSS
+
+    def leave(*_) -> None:
+        ledger.purpose = ACTIVATIONS
+
+    head.register_forward_pre_hook(enter)
+    head.register_forward_hook(leave)
     head.score_token_ids, head.score_values = (b.to("meta") for b in (head.score_token_ids, head.score_values))
     head.options["implementation"] = place.loss
     if place.loss == "fused":  # needs Triton even to be named
@@ -176,5 +187,5 @@ class _FusedLoss(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad
         grads = [torch.empty_like(x) if need else None for x, need in zip((rows, weight), needs[:2], strict=True)]
-        ctx.ledger.touch(footprint.fused_backward(rows), "backward")
+        ctx.ledger.touch(footprint.fused_backward(rows), BACKWARD)
         return *grads, None
