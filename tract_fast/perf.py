@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import resource
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-# dense bfloat16 FLOP/s that makers state, by a part of the device's name; the first that fits counts
-PEAKS = {
-    "GB200": 2.5e15, "B200": 2.25e15, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12,
-    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "A40": 150e12,
-    "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
-# of a name that has one of the above in it and is another chip, or a part of one
-VARIANT = re.compile(r"Laptop|Max-Q|\bMIG\b|\bGRID\b|\b(Ti|SUPER|D)\b", re.IGNORECASE)
-
+from tract_fast import gpus
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -44,12 +35,20 @@ class Work:
         shared prompt there are keys for each rationale, and queries once.
         """
         linear = 2 * sum(queries) * (3 * self.trained + 2 * self.frozen)
-        attention = 0
-        for window in self.windows:
-            # two products of a query and a key forward, twice as many backward
-            met = sum(pairs(q, k, window) for q, k in zip(queries, keys, strict=True))
-            attention += 3 * 4 * self.heads * met
+        attention = 3 * self.attention(queries, keys)  # twice as many products backward as forward
         return linear + attention + 2 * rows * self.head * (3 if self.head_trained else 2)
+
+    def attention(self, queries: Sequence[int], keys: Sequence[int]) -> int:
+        """Operations of attention's forward: two products of each query and key that meet, in every layer."""
+        met = Counter(self.windows)
+        return sum(
+            4 * self.heads * layers * sum(pairs(q, k, window) for q, k in zip(queries, keys, strict=True))
+            for window, layers in met.items()
+        )
+
+    def forward(self, queries: Sequence[int], keys: Sequence[int]) -> int:
+        """Operations of the blocks' forward."""
+        return 2 * sum(queries) * (self.trained + self.frozen) + self.attention(queries, keys)
 
 
 def pairs(queries: int, keys: int, window: int | None) -> int:
@@ -94,9 +93,8 @@ def peak_flops(device: torch.device, stated: float | None) -> tuple[float | None
     if device.type != "cuda":
         return None, "a CPU has no stated peak; set run.peak_tflops"
     name = torch.cuda.get_device_name(device)
-    fits = (peak for part, peak in PEAKS.items() if re.search(rf"\b{part}\b", name))
-    found = None if VARIANT.search(name) else next(fits, None)
-    return found, f"{name}, dense bfloat16" if found else f"{name} is not known; set run.peak_tflops"
+    gpu = gpus.recognised(name)
+    return (gpu.peak, f"{name}, dense bfloat16") if gpu else (None, f"{name} is not known; set run.peak_tflops")
 
 
 def peak_memory(device: torch.device) -> int:
