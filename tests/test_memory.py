@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import checkpoint, memory, recipe as recipes, resume
+from tract_fast import checkpoint, estimate, memory, recipe as recipes, resume, trace
 from tract_fast.errors import UserError
 from tract_fast.prepare import prepare
 
@@ -52,18 +52,19 @@ def test_remedies_are_real(tmp_path):
     recipe = big(tmp_path)
     data = prepare(recipe, lambda text: None)
     longest = max(len(e.ids) for e in data.train)
-    before = memory.total(recipe, data.config, data.train, 1)
-    for _, changed, ranks in memory.changes(recipe, longest, 1):
-        assert memory.total(changed, data.config, data.train, ranks) <= before
-    told = memory.remedies(recipe, data, 1)
+    target = estimate.this_machine(1)
+    before = estimate.needed(recipe, data, target).total
+    for _, changed, ranks in memory.changes(recipe, longest, target):
+        assert estimate.needed(changed, data, replace(target, world=ranks)).total <= before
+    told = memory.remedies(recipe, data, target)
     assert "GiB less), train.max_tokens" in told and told.endswith("; another result: in another run.dir)")
-    names = [setting.split()[0] for setting, *_ in memory.changes(recipe, longest, 1)]
+    names = [setting.split()[0] for setting, *_ in memory.changes(recipe, longest, target)]
     assert names[0] == "train.activation_checkpointing" and names[-1] == "lora.rank"
     assert all(name in recipes.FIELDS for name in names if "." in name)
 
 
 @pytest.mark.parametrize("gradient", ["exact", "sampled"])
-def test_a_run_can_go_on_with_what_would_help(tmp_path, monkeypatch, gradient):
+def test_a_run_can_go_on_with_what_would_help(tmp_path, gradient):
     """Whatever is advised and not said to need another run.dir, a run that has a checkpoint may change."""
     settings = {"shard__replicate": 2, "shard__reshard_after_forward": False, "loss__gradient": gradient}
     recipe = tiny_recipe(tmp_path, **settings, loss__implementation="reference" if gradient == "exact" else "auto")
@@ -72,8 +73,8 @@ def test_a_run_can_go_on_with_what_would_help(tmp_path, monkeypatch, gradient):
     (first / "state.json").write_text(json.dumps({"step": 1, "fingerprint": "", "template": False}))
     (first.parent / "latest").write_text(first.name)
     (tmp_path / "run" / "recipe.yaml").write_text(recipes.dump(recipe))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    offered = {setting: changed for setting, changed, _ in memory.changes(recipe, 100, 2)}
+    target = estimate.Target(device=torch.device("cuda"), world=2, gpu=None)
+    offered = {setting: changed for setting, changed, _ in memory.changes(recipe, 100, target)}
     needs_another = {"data.share_prompts off", "lora.rank 8 (adapters instead of all weights)"}
     if gradient == "sampled":
         needs_another.add("train.max_tokens 100")
@@ -91,7 +92,7 @@ def test_advice_fits_the_longest_example_of_all(tmp_path):
     recipe = big(tmp_path)
     data = prepare(recipe, lambda text: None)
     long = replace(data.train[0], ids=np.zeros(500, dtype=np.int64))
-    assert "train.max_tokens 500 " in memory.remedies(recipe, replace(data, held_out=[long]), 1)
+    assert "train.max_tokens 500 " in memory.remedies(recipe, replace(data, held_out=[long]), estimate.this_machine(1))
 
 
 def test_sharing_off_where_it_takes_memory(tmp_path):
@@ -99,18 +100,16 @@ def test_sharing_off_where_it_takes_memory(tmp_path):
     plain = big(tmp_path)
     path = write_data(tmp_path / "siblings.jsonl", n=2000, siblings=20)
     recipe = replace(plain, data=replace(plain.data, train=str(path)), train=replace(plain.train, max_tokens=2000))
-    told = memory.remedies(recipe, prepare(recipe, lambda text: None), 1)
+    told = memory.remedies(recipe, prepare(recipe, lambda text: None), estimate.this_machine(1))
     assert re.search(r"data.share_prompts off \(about [^)]*; another result: in another run.dir\)", told), told
 
 
 def test_sharding_divides_weights_and_state(tmp_path):
-    from tract_fast import estimate
-
     recipe = tiny_recipe(tmp_path, shard__replicate=2)
     data = prepare(recipe, lambda text: None)
-    parts = {w: estimate.memory(recipe, data.config, estimate.plan(recipe, data.train, w), w) for w in (1, 8)}
-    assert parts[8]["AdamW state (float32)"] * 4 == parts[1]["AdamW state (float32)"]
-    assert parts[8]["weights gathered in the compute dtype"] == parts[1]["weights gathered in the compute dtype"] > 0
+    one, many = (estimate.needed(recipe, data, replace(estimate.this_machine(1), world=w)).tensors for w in (1, 8))
+    for what in (trace.WEIGHTS, trace.STATE):
+        assert one[what] <= 4 * many[what] < 1.02 * one[what], "four ways, the first rank's rows rounded up"
 
 
 @pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("x")])

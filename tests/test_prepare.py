@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import estimate, feed, log, model, train
+from tract_fast import estimate, feed, model, trace, train
 from tract_fast.attention import DOCUMENTS
 from tract_fast.data import prompt
-from tract_fast.data.batch import collate, normalizer
 from tract_fast.errors import UserError
 from tract_fast.prepare import prepare
 from tract_fast.sharing import choose_sharing
@@ -144,50 +141,9 @@ def test_plan_counts_what_training_does(tmp_path, share, monkeypatch):
 def test_memory_of_weights_and_state_is_exact(tmp_path, rank):
     recipe = tiny_recipe(tmp_path, lora__rank=rank)
     data, _ = prepared(recipe)
-    parts = estimate.memory(recipe, data.config, estimate.plan(recipe, data.train))
+    parts = estimate.needed(recipe, data, estimate.this_machine(1)).tensors
     lm = model.build(recipe, data.config, data.tokenizer, data.scale, torch.device("cpu"), lambda text: None).lm
     trained = sum(p.numel() * 4 for p in lm.parameters() if p.requires_grad)
     frozen = sum(p.numel() * 4 for p in lm.parameters() if not p.requires_grad)
-    assert parts["trained weights (float32)"] == parts["gradients (float32)"] == trained
-    assert parts["AdamW state (float32)"] == 2 * trained
-    assert parts["frozen weights"] == frozen
-
-
-def test_activations_are_estimated_within_a_third(tmp_path):
-    """Against what autograd really keeps for backward, counted by storage."""
-    recipe = tiny_recipe(tmp_path)
-    data, _ = prepared(recipe)
-    built = model.build(recipe, data.config, data.tokenizer, data.scale, torch.device("cpu"), lambda text: None)
-    built.train()
-    norm = normalizer(data.train, ce_weight=1, regression_weight=1, score_ce=True, ce_reduction="token")
-    batch = collate(data.train[:6], norm, score_ce=True)
-    own = {p.untyped_storage().data_ptr() for p in built.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        hidden = model.hidden_states(built.backbone, batch)
-    step = replace(estimate.plan(recipe, data.train), max_tokens=batch.input_ids.numel())
-    (name,) = (key for key in estimate.memory(recipe, data.config, step) if key.startswith("activations"))
-    estimated = estimate.memory(recipe, data.config, step)[name]
-    assert hidden.requires_grad and abs(math.log(estimated / sum(kept.values()))) < math.log(1.5)
-
-
-def test_a_torn_last_line_goes(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 1, "eval": {}}\n{"step": 2}\n{"st')
-    assert log.has_evaluation(path, 1) is True
-    log.keep_until(path, 1)
-    assert path.read_text() == '{"step": 1}\n{"step": 1, "eval": {}}\n'
-    assert log.has_evaluation(path, 2) is False and log.has_evaluation(tmp_path / "none", 1) is False
-
-
-def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(UserError, match=r"train.trackers names wandb, which is not installed: pip install"):
-        train.run(tiny_recipe(tmp_path, train__trackers=("wandb",)))
+    assert parts[trace.WEIGHTS] == trained + frozen
+    assert parts[trace.STATE] == 2 * trained

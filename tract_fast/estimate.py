@@ -1,28 +1,28 @@
-"""What a run would do, before it does it: the resolved recipe, the step plan, memory, and one example token by token.
+"""What a run would do, before it does it: the step plan, memory, and for ``--dry-run`` the recipe and one example.
 
-The memory estimate counts what is known (weights, gradients, AdamW state, the loss's logits) and approximates what the
-blocks keep for backward by the tensors a Llama-like block saves. On a CPU it adds what was measured there: the process
-itself, and memory that the allocator does not give back between tensors. ``docs/results.md`` holds it against runs.
+Memory is that of tensors, counted by running the step without values (``trace``), and stated beside them what else a
+process holds: assumptions for CUDA, and for a CPU what was measured. ``docs/plan.md`` holds it against measurements.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor, nn
 
-from tract_fast import optim, recipe as recipes
+from tract_fast import gpus, optim, recipe as recipes, trace
 from tract_fast.data import batch as batches, prompt
 from tract_fast.data.prompt import Encoded
+from tract_fast.data.tree import Layout
+from tract_fast.gpus import GIB, Gpu
 from tract_fast.head import choose_loss
-from tract_fast.loss.plan import BLOCK_BUDGET, plan_chunks
-from tract_fast.loss.sampled import EPS, list_length
-from tract_fast.model import DTYPES, add_lora, choose_attention
+from tract_fast.ledger import ACTIVATIONS
+from tract_fast.mimic import GATHERED, GRADIENTS, REDUCED
+from tract_fast.model import DTYPES, choose_attention
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
 from tract_fast.shard import local_device
@@ -30,22 +30,81 @@ from tract_fast.sharing import Sharing, choose_sharing, plan_step
 
 CPU_PROCESS = 450 * 2**20  # Python, torch, transformers, tokenizer, data: measured
 CPU_FRAGMENTATION = 0.75  # of the activations, held by malloc beside them: measured with the demo
-REFERENCE_LOGITS = 6.25  # tensors of rows x vocabulary that the reference loss holds at its peak: measured
+CUDA_CONTEXT = 0.6 * GIB  # the driver's context and kernels: assumed
+NCCL_BUFFERS = 0.5 * GIB  # with several ranks: assumed
+CUDA_FRAGMENTATION = 0.05  # of the tensors, kept by the caching allocator beside them: assumed
 PLANNED_STEPS = 200  # at most this many steps are packed for the plan's averages
+ORDER = (trace.WEIGHTS, trace.STATE, GRADIENTS, REDUCED, GATHERED, ACTIVATIONS, trace.LOSS, trace.BACKWARD, trace.REST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """The machine that a plan is for."""
+
+    device: torch.device
+    world: int
+    gpu: Gpu | None
+    """None: a CPU, or a GPU of which nothing is stated."""
+    here: bool = True
+
+
+def this_machine(world: int) -> Target:
+    """What there is here, with ``world`` ranks."""
+    device = local_device()
+    gpu = gpus.recognised(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return Target(device=device, world=world, gpu=gpu)
+
+
+def ranks_of(recipe: Recipe) -> int:
+    """Ranks that a recipe starts here."""
+    return recipe.run.nproc if isinstance(recipe.run.nproc, int) else max(1, torch.cuda.device_count())
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-batch."""
+
+    examples: tuple[Encoded, ...]
+    layout: Layout
+
+    @property
+    def rows(self) -> int:
+        return sum(len(e.ids) - e.prompt_len for e in self.examples)
+
+    def segments(self) -> tuple[list[int], list[int]]:
+        """(queries, keys) of each."""
+        return [end - start for _, start, end in self.layout.segments], [end for _, _, end in self.layout.segments]
+
+    def keys(self) -> int:
+        """Keys that are gathered for shared prompts."""
+        return sum(map(len, self.layout.keys())) if self.layout.shares else 0
+
+    def pairs(self) -> int:
+        """Queries times keys: what attention with a mask holds."""
+        return sum(q * k for q, k in zip(*self.segments(), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """The run in numbers; tokens, rows and keys are of the largest micro-batch among the steps that were planned."""
+    """The run in numbers; those called ``max`` are of the largest micro-batch among the steps that were planned."""
 
     steps: int
     epochs: float
-    micro_batches: float  # per step, on average
+    micro_batches: float  # per step and all ranks, on average
     tokens_per_step: float
     max_tokens: int
     max_rows: int
     max_keys: int  # keys that are gathered for shared prompts
     planned: int
+    several: bool  # some rank has more than one micro-batch in a step
+    packed: list[list[list[Micro]]] = field(repr=False)  # of each step that was planned: of each rank
+
+    def largest(self) -> list[Micro]:
+        """The micro-batches that may need the most memory: one of them has the most tokens, one the most rows, ..."""
+        every = [micro for step in self.packed for rank in step for micro in rank]
+        sizes = [(m.layout.tokens, m.rows, m.keys(), m.pairs()) for m in every]
+        found = [max(range(len(every)), key=lambda i, k=k: (sizes[i][k], sizes[i])) for k in range(4)]
+        return [every[i] for i in dict.fromkeys(found)]
 
 
 def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Sharing | None = None) -> StepPlan:
@@ -55,123 +114,103 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Shari
     steps = batches.total_steps(
         len(examples), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
     )
-    micro, tokens, rows, keys, counts = [], [], [], [0], []
+    packed = []
     for step in range(min(steps, PLANNED_STEPS)):
-        members, packed = plan_step(settings, examples, sharing, step, world)
-        parts = [[members[i] for i in part] for rank in packed for part in rank if part]
-        micro.append(len(parts))
-        layouts = [batches.layout_of(part, share=sharing.share) for part in parts]
-        computed = [layout.tokens for layout in layouts]
-        tokens += computed
-        keys += [sum(map(len, layout.keys())) for layout in layouts if layout.shares]
-        rows += [sum(len(e.ids) - e.prompt_len for e in part) for part in parts]
-        counts.append(sum(computed))
+        members, ranks = plan_step(settings, examples, sharing, step, world)
+        parts = [[tuple(members[i] for i in part) for part in rank if part] for rank in ranks]
+        packed.append([[Micro(p, batches.layout_of(p, share=sharing.share)) for p in rank] for rank in parts])
+    every = [micro for step in packed for rank in step for micro in rank]
     return StepPlan(
         steps=steps,
         epochs=steps / batches.steps_per_epoch(len(examples), settings.batch),
-        micro_batches=sum(micro) / len(micro),
-        tokens_per_step=sum(counts) / len(counts),
-        max_tokens=max(tokens),
-        max_rows=max(rows),
-        max_keys=max(keys),
-        planned=len(micro),
+        micro_batches=len(every) / len(packed),
+        tokens_per_step=sum(m.layout.tokens for m in every) / len(packed),
+        max_tokens=max(m.layout.tokens for m in every),
+        max_rows=max(m.rows for m in every),
+        max_keys=max(m.keys() for m in every),
+        planned=len(packed),
+        several=any(len(rank) > 1 for step in packed for rank in step),
+        packed=packed,
     )
 
 
-def memory(recipe: Recipe, config, step: StepPlan, world: int = 1) -> dict[str, int]:
-    """Bytes by purpose on one rank of ``world``, for the largest micro-batch."""
-    lm = _meta_model(recipe, config)
-    ways = max(1, world // recipe.shard.replicate)  # that weights and their state are split
-    host = recipe.shard.cpu_offload and local_device().type == "cuda"  # then they are not in the GPU's memory
-    text = config.get_text_config()
-    width = DTYPES[recipe.model.dtype].itemsize
-    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in lm.parameters() if not p.requires_grad)
-    blocks, hidden = text.num_hidden_layers, text.hidden_size
-    head_dim = getattr(text, "head_dim", None) or hidden // text.num_attention_heads
-    key_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    heads = text.num_attention_heads + 2 * key_heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    # saved per token by one block: the residual stream and its norms (float32 inside), q, k, v, their rotated copies,
-    # the attention output, and gate, up, activation and product of the MLP
-    in_block = hidden * (2 * 4 + 6 * width) + 2 * heads * head_dim * width + 4 * inner * width
-    between_blocks = hidden * width
-    every = recipe.train.activation_checkpointing
-    if every in ("none", "selective"):
-        per_token = blocks * in_block * (0.6 if every == "selective" else 1.0)
-    else:
-        kept = 1.0 if every == "full" else 1.0 / int(every)
-        per_token = blocks * (kept * between_blocks + (1 - kept) * in_block) + in_block
-    # keys and values that shared prompts gather are kept in blocks that are not computed again, and in one that is
-    gathering = blocks if every == "none" else 1 + (blocks * (1 - 1 / int(every)) if every.isdigit() else 0)
-    shared_keys = gathering * 2 * key_heads * head_dim * width * step.max_keys
-    device = local_device()
-    implementation, _ = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, config)
-    masters = 0 if host else 4 * trained // ways
-    activations = int(per_token * step.max_tokens + shared_keys)
-    parts = {
-        "frozen weights": 0 if host else frozen * width // ways,
-        "trained weights (float32)": masters,
-        "weights gathered in the compute dtype": gathered(recipe, lm, width),
-        "gradients (float32)": masters,
-        "AdamW state (float32)": 2 * masters,
-        f"activations of {step.max_tokens} tokens": activations,
-        f"loss of {step.max_rows} rows ({implementation})": loss_memory(
-            implementation, lm.get_output_embeddings().weight, step.max_rows, device, width, lists_of(recipe, lm)
-        ),
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at the moment when there are most of them: of tensors by purpose, and of what is beside."""
+
+    tensors: dict[str, int]
+    moment: str
+    beside: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.tensors.values()) + sum(self.beside.values())
+
+
+def sharing_of(recipe: Recipe, data: Prepared, target: Target) -> Sharing:
+    """What a run on ``target`` shares."""
+    name, _ = choose_attention(recipe.model, data.config, target.device)
+    return choose_sharing(recipe, data.config, name, data.train, target.world)
+
+
+def place_of(recipe: Recipe, data: Prepared, target: Target, sharing: Sharing) -> trace.Place:
+    """Where a run on ``target`` computes, and by what."""
+    dtype = DTYPES[recipe.model.dtype]
+    return trace.Place(
+        device=target.device,
+        attention=choose_attention(recipe.model, data.config, target.device)[0],
+        loss=choose_loss(recipe.loss, dtype, target.device, data.config, here=target.here)[0],
+        world=target.world,
+        share=sharing.share,
+    )
+
+
+def memory(recipe: Recipe, data: Prepared, target: Target, step: StepPlan, sharing: Sharing) -> Memory:
+    """What a rank needs in the steps of ``step``, from the second on."""
+    place = place_of(recipe, data, target, sharing)
+    peaks = [trace.peak(recipe, data, m.examples, place, several=step.several) for m in step.largest()]
+    peak = max(peaks, key=lambda p: p.total)
+    tensors = {name: peak.parts[name] for name in ORDER if peak.parts.get(name)}
+    if target.device.type == "cpu":
+        kept = int(CPU_FRAGMENTATION * tensors.get(ACTIVATIONS, 0))
+        return Memory(tensors, peak.moment, {"the process (CPU)": CPU_PROCESS, "held by the allocator (CPU)": kept})
+    beside = {
+        "CUDA's context and kernels (assumed)": CUDA_CONTEXT,
+        "NCCL's buffers (assumed)": NCCL_BUFFERS if target.world > 1 else 0,
+        f"kept by the allocator ({CUDA_FRAGMENTATION:.0%}, assumed)": CUDA_FRAGMENTATION * peak.total,
     }
-    if device.type == "cpu":
-        parts |= {
-            "the process (CPU)": CPU_PROCESS,
-            "held by the allocator (CPU)": int(CPU_FRAGMENTATION * activations),
-        }
-    return parts
+    return Memory(tensors, peak.moment, {name: int(size) for name, size in beside.items() if size})
 
 
-def gathered(recipe: Recipe, lm: nn.Module, width: int) -> int:
-    """Bytes of weights that a rank holds whole for the computation; with one rank FSDP2 copies them, too."""
-    everything = sum(p.numel() for p in lm.parameters())
-    if not recipe.shard.reshard_after_forward:
-        return everything * width
-    # two blocks (one is computed, the next is on its way), the embedding and the head
-    blocks = max((m for m in lm.modules() if isinstance(m, nn.ModuleList)), key=len)
-    inside = sum(p.numel() for p in blocks.parameters())
-    return (2 * inside // len(blocks) + everything - inside) * width
+def needed(recipe: Recipe, data: Prepared, target: Target) -> Memory:
+    """What a run of ``recipe`` needs on a rank of ``target``."""
+    sharing = sharing_of(recipe, data, target)
+    return memory(recipe, data, target, plan(recipe, data.train, target.world, sharing), sharing)
 
 
-def lists_of(recipe: Recipe, lm: nn.Module) -> int:
-    """Places of a row's list, where the gradient is sampled; 0 where it is exact."""
-    if recipe.loss.gradient == "exact":
-        return 0
-    return list_length(len(lm.get_output_embeddings().weight), len(recipe.score.labels), recipe.loss.eps or EPS)
+def memory_table(recipe: Recipe, found: Memory, loss: str) -> Table:
+    """The purposes, a line each."""
+    table = Table("what", "MiB", box=None)
+    about = {
+        ACTIVATIONS: f"{ACTIVATIONS} (train.activation_checkpointing {recipe.train.activation_checkpointing})",
+        trace.LOSS: f"{trace.LOSS} ({loss}): logits and gradients",
+        GATHERED: f"{GATHERED} in {recipe.model.dtype}",
+    }
+    tensors = sum(found.tensors.values())
+    rows = {about.get(name, name): size for name, size in found.tensors.items()} | {"tensors at the peak": tensors}
+    for name, size in {**rows, **found.beside, "in all": found.total}.items():
+        table.add_row(name, f"{size / 2**20:,.0f}")
+    return table
 
 
-def loss_memory(
-    implementation: str, weight: Tensor, rows: int, device: torch.device, logit_bytes: int, lists: int = 0
-) -> int:
-    """Bytes that the loss holds at its peak beside the gradients: logits, dX, and dW in float32 if it is summed.
-    ``lists``: places of a row's list, of a sampled gradient."""
-    n_vocab, hidden = weight.shape
-    if implementation == "reference":
-        return int(REFERENCE_LOGITS * 4 * rows * n_vocab)
-    dx = rows * hidden * (4 + logit_bytes)
-    if implementation == "fused":
-        return dx + BLOCK_BUDGET + (rows * hidden * logit_bytes if weight.requires_grad else 0)
-    trained = weight.requires_grad and not lists
-    plan = plan_chunks(rows, n_vocab, hidden, logit_bytes=logit_bytes, trained_weight=trained, device=device.type)
-    summed = 4 * n_vocab * hidden if trained and not plan.defer else 0
-    return plan.rows * n_vocab * logit_bytes + dx + summed + 8 * rows * lists
-
-
-def _meta_model(recipe: Recipe, config) -> nn.Module:
-    """The model without storage, frozen as it will be."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-        if recipe.lora.rank:
-            add_lora(lm, recipe.lora, DTYPES[recipe.model.dtype], recipe.train.seed)
-    return lm
+def describe_steps(recipe: Recipe, data: Prepared, step: StepPlan) -> str:
+    """A line on what a step computes."""
+    sequences = min(recipe.train.batch, len(data.train))
+    return (
+        f"{step.steps} steps = {step.epochs:.2f} epochs of {len(data.train)} examples; {sequences} sequences, "
+        f"{step.tokens_per_step:.0f} tokens and {step.micro_batches:.1f} micro-batches a step "
+        f"(first {step.planned} steps packed)"
+    )
 
 
 def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
@@ -179,31 +218,24 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.rule("recipe")
     console.print(recipes.dump(recipe), markup=False)
-    device = local_device()
-    name, reason = choose_attention(recipe.model, data.config, device)
-    world = recipe.run.nproc if isinstance(recipe.run.nproc, int) else max(1, torch.cuda.device_count())
-    sharing = choose_sharing(recipe, data.config, name, data.train, world)
-    step = plan(recipe, data.train, world, sharing)
+    target = this_machine(ranks_of(recipe))
+    name, reason = choose_attention(recipe.model, data.config, target.device)
+    sharing = sharing_of(recipe, data, target)
+    step = plan(recipe, data.train, target.world, sharing)
     console.rule("plan")
     first, last = (optim.learning_rate(s, step.steps, recipe.train) for s in (0, step.steps - 1))
-    loss, why = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device, data.config)
-    sequences = min(recipe.train.batch, len(data.train))
+    loss, why = choose_loss(recipe.loss, DTYPES[recipe.model.dtype], target.device, data.config)
     console.print(
-        f"{step.steps} steps = {step.epochs:.2f} epochs of {len(data.train)} examples; {sequences} sequences, "
-        f"{step.tokens_per_step:.0f} tokens and {step.micro_batches:.1f} micro-batches a step "
-        f"(first {step.planned} steps packed)\n"
+        f"{describe_steps(recipe, data, step)}\n"
         f"lr {first:.2e} at first, {recipe.train.lr:.2e} at its peak, {last:.2e} at last; "
         f"{len(data.held_out)} held-out examples; {len(data.left_out)} records left out\n"
         f"{sharing.line}\n"
-        f"device {device}; attention {name} ({reason}); loss {loss} ({why})\n"
+        f"device {target.device}; attention {name} ({reason}); loss {loss} ({why})\n"
         f"{recipe.run.dir}: {f'goes on from {start.name}' if start else 'a new run'}",
         markup=False,
     )
-    console.rule(f"memory (estimate, one rank of {world})")
-    table = Table("what", "MiB", box=None)
-    parts = memory(recipe, data.config, step, world)
-    for name, size in {**parts, "in all": sum(parts.values())}.items():
-        table.add_row(name, f"{size / 2**20:,.0f}")
-    console.print(table)
+    found = memory(recipe, data, target, step, sharing)
+    console.rule(f"memory (estimate, one rank of {target.world}), most in the {found.moment}")
+    console.print(memory_table(recipe, found, loss))
     console.rule(Text(f"one example: {data.train[0].id}"))
     console.print(prompt.show(data.tokenizer, data.scale, data.train[0]))

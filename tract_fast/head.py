@@ -20,8 +20,9 @@ from tract_fast.loss.sampled import language
 from tract_fast.sections import Loss
 
 
-def choose_loss(loss: Loss, dtype: torch.dtype, device: torch.device, config) -> tuple[str, str]:
-    """(implementation of the loss that a run takes, reason). Raises UserError where the setting cannot work."""
+def choose_loss(loss: Loss, dtype: torch.dtype, device: torch.device, config, *, here: bool = True) -> tuple[str, str]:
+    """(implementation of the loss that a run takes, reason); ``here``: the device is this machine's. Raises UserError
+    where the setting cannot work."""
     text = config.get_text_config()
     try:
         native.check_variant()
@@ -32,7 +33,12 @@ def choose_loss(loss: Loss, dtype: torch.dtype, device: torch.device, config) ->
         return "chunked", f"sampled gradient, in {kind}{': slower than exact' if kind == 'PyTorch' else ''}"
     try:
         return choose(
-            loss.implementation, device_type=device.type, dtype=dtype, n_vocab=text.vocab_size, width=text.hidden_size
+            loss.implementation,
+            device_type=device.type,
+            dtype=dtype,
+            n_vocab=text.vocab_size,
+            width=text.hidden_size,
+            triton=None if here else device.type == "cuda",  # torch for CUDA carries it
         )
     except ValueError as error:
         raise UserError(f"loss.{error}".replace("'", "")) from error

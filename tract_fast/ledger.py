@@ -1,9 +1,9 @@
 """Bytes that live tensors hold, counted operator by operator on meta tensors: what a step needs, without a device.
 
 Any PyTorch code runs on meta tensors, which have sizes and no memory; a ``Ledger`` sees each operator's results and,
-by weak references to their storages, when they are let go. What operators do inside, and what is no tensor here (FSDP2's
-buffers, optimizer state), is entered by ``hold`` and ``drop``. The highest total is kept with what it was made of and
-when it was.
+by weak references to their storages, when they are let go. What operators do inside, and what is no tensor here
+(FSDP2's buffers, optimizer state), is entered by ``hold`` and ``drop``. The highest total is kept with what it was made
+of and when it was.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from tract_fast import estimate, perf, resume
-from tract_fast.data.prompt import Encoded
 from tract_fast.errors import RunStopped
-from tract_fast.model import choose_attention
+from tract_fast.estimate import Target
+from tract_fast.gpus import GIB
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
-from tract_fast.shard import local_device
-from tract_fast.sharing import choose_sharing
-
-GIB = 2**30
 
 
 def ran_out(error: BaseException) -> bool:
@@ -42,7 +38,7 @@ def watched(recipe: Recipe, data: Prepared, world: int, model: nn.Module, optimi
         held = ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in holdings(model, optimizer).items())
         told = [f"out of memory {doing} ({asked}); held: {held}"]
         told += [write_snapshot(Path(recipe.run.dir))] if recipe.run.memory_snapshot else []
-        raise RunStopped("; ".join([*told, remedies(recipe, data, world)])) from error
+        raise RunStopped("; ".join([*told, remedies(recipe, data, estimate.this_machine(world))])) from error
 
 
 def holdings(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:
@@ -68,14 +64,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
-def remedies(recipe: Recipe, data: Prepared, world: int) -> str:
+def remedies(recipe: Recipe, data: Prepared, target: Target) -> str:
     """The settings that lower the estimate, each with what it saves: those first that leave the result as it is, which
     a run that has a checkpoint can go on with."""
-    now = total(recipe, data.config, data.train, world)
+    now = estimate.needed(recipe, data, target).total
     same, other = [], []
     longest = max(len(e.ids) for e in [*data.train, *data.held_out])
-    for setting, changed, ranks in changes(recipe, longest, world):
-        saved = now - total(changed, data.config, data.train, ranks)
+    for setting, changed, ranks in changes(recipe, longest, target):
+        saved = now - estimate.needed(changed, data, replace(target, world=ranks)).total
         if saved <= 0.01 * now:
             continue
         told = f"about {saved / GIB:.2f} of {now / GIB:.2f} GiB less"
@@ -87,9 +83,9 @@ def remedies(recipe: Recipe, data: Prepared, world: int) -> str:
     return f"what would help, in this order: {lines}" if lines else "no setting would help much: a larger GPU"
 
 
-def changes(recipe: Recipe, longest: int, world: int) -> Iterator[tuple[str, Recipe, int]]:
+def changes(recipe: Recipe, longest: int, target: Target) -> Iterator[tuple[str, Recipe, int]]:
     """(setting to write, the recipe with it, ranks): what to try, in order."""
-    train, split = recipe.train, recipe.shard
+    train, split, world = recipe.train, recipe.shard, target.world
 
     def changed(section: str, **values) -> Recipe:
         return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
@@ -105,20 +101,12 @@ def changes(recipe: Recipe, longest: int, world: int) -> Iterator[tuple[str, Rec
     if split.replicate > 1:
         yield "shard.replicate 1", changed("shard", replicate=1), world
     yield f"{2 * world} ranks (run.nproc, or more nodes)", recipe, 2 * world
-    if not split.cpu_offload and torch.cuda.is_available():
+    if not split.cpu_offload and target.device.type == "cuda":
         yield "shard.cpu_offload true", changed("shard", cpu_offload=True), world
     if recipe.data.share_prompts != "off":  # of what is shared, keys and values are gathered for each sequence
         yield "data.share_prompts off", changed("data", share_prompts="off"), world
     if recipe.lora.rank == 0:
         yield "lora.rank 8 (adapters instead of all weights)", changed("lora", rank=8), world
-
-
-def total(recipe: Recipe, config, examples: Sequence[Encoded], world: int) -> int:
-    """The estimate of a rank's memory in bytes (``estimate.memory``)."""
-    attention_name, _ = choose_attention(recipe.model, config, local_device())
-    sharing = choose_sharing(recipe, config, attention_name, examples, world)
-    step = estimate.plan(recipe, examples, world, sharing)
-    return sum(estimate.memory(recipe, config, step, world).values())
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from torch import nn
 
 from tract_fast import gpus
 
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """What a model multiplies: weights of its blocks' linear layers, its attention, its head."""

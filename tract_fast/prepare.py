@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tract_fast.data import batch as batches, feedback, prompt
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.scores import ScoreScale, find_scale
@@ -54,11 +56,12 @@ def _fingerprint(examples: list[Encoded]) -> str:
     return digest.hexdigest()[:16]
 
 
-def prepare(recipe: Recipe, say: Callable[[str], None] = print) -> Prepared:
-    """Read, split and encode the data; ``say`` receives one line per fact worth knowing. Raises UserError."""
+def prepare(recipe: Recipe, say: Callable[[str], None] = print, device: torch.device | None = None) -> Prepared:
+    """Read, split and encode the data; ``say`` receives one line per fact worth knowing. ``device``: of a machine that
+    need not be this one; None: what is here. Raises UserError."""
     config = load_config(recipe.model)
     # refuses what cannot run, before any work
-    choose_loss(recipe.loss, DTYPES[recipe.model.dtype], local_device(), config)
+    choose_loss(recipe.loss, DTYPES[recipe.model.dtype], device or local_device(), config, here=device is None)
     left_out: list[dict[str, str]] = []
     train, held_out = _read(recipe, say, left_out)
     tokenizer = load_tokenizer(recipe.model)

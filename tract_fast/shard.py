@@ -183,7 +183,7 @@ class Unit:
 
 
 def units(model: TractModel, settings: Shard) -> list[Unit]:
-    """What is sharded together: each block, the embedding, [norm, head] (with a tied embedding: all three), the rest."""
+    """What is sharded together: each block, the embedding, [norm, head] (all three if that is tied), the rest."""
     each = settings.reshard_after_forward
     count = len(model.blocks)
     found = [Unit(f"block {i} of {count}", [block], each) for i, block in enumerate(model.blocks, 1)]

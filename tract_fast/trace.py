@@ -25,14 +25,14 @@ from tract_fast.ledger import ACTIVATIONS, Ledger
 from tract_fast.loss import footprint
 from tract_fast.loss.chunked import empty_results
 from tract_fast.loss.reference import TractLoss
-from tract_fast.mimic import GRADIENTS, REDUCED, Mimic, Split
+from tract_fast.mimic import REDUCED, Mimic, Split
 from tract_fast.model import DTYPES, TractModel, completed
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
 from tract_fast.shard import units
 
 WEIGHTS, STATE = "weights (trained: float32)", "AdamW state (float32)"
-LOSS, BACKWARD = "the loss", "computed in backward"
+LOSS, BACKWARD, REST = "the loss", "computed in backward", "the rest"
 ON_META = "tract_documents_on_meta"  # as transformers knows it
 CUDA_BLOCK = 512  # bytes that CUDA's allocator rounds up to
 
@@ -122,7 +122,7 @@ def peak(recipe: Recipe, data: Prepared, examples: Sequence[Encoded], place: Pla
         mimic.finish()
         del out
         ledger.moment = "the update of the weights"
-        ledger.touch(1, "the rest")
+        ledger.touch(1, REST)
     return Peak({name: size for name, size in ledger.peak.items() if size}, ledger.peak_moment)
 
 

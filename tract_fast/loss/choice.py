@@ -30,14 +30,16 @@ def choose(
     n_rows: int | None = None,
     gradient: bool = True,
     budget: int | None = None,
+    triton: bool | None = None,
 ) -> tuple[str, str]:
     """(name of the implementation that runs, reason) for a call of ``linear_tract_loss`` with these sizes.
 
-    ``n_rows`` matters only with a ``budget`` (bytes).
+    ``n_rows`` matters only with a ``budget`` (bytes). ``triton``: whether it runs there; None: as it does here.
 
     Raises ValueError where the implementation that is asked for cannot run.
     """
-    if implementation == "fused" and not runs_triton(device_type):
+    triton = runs_triton(device_type) if triton is None else triton
+    if implementation == "fused" and not triton:
         needed = "triton, which is not installed" if device_type == "cuda" else f"CUDA, and this is {device_type}"
         raise ValueError(f"implementation = 'fused': it needs {needed}; must be 'chunked' or 'auto'")
     if dtype == torch.float64 and implementation in ("chunked", "fused"):
@@ -46,7 +48,7 @@ def choose(
         return implementation, "asked for"
     if dtype == torch.float64:
         return "reference", "only it computes in float64"
-    if device_type == "cuda" and runs_triton(device_type):
+    if device_type == "cuda" and triton:
         return _choose_on_cuda(dtype, n_vocab, width, n_rows, gradient, budget)
     if device_type == "cpu":
         return "chunked", "the fastest of all that were measured on a CPU"
