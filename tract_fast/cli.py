@@ -24,9 +24,12 @@ from tract_fast.recipe import Generate, Sampling
 PROG = "tract-fast"
 # flags without a value
 SWITCHES = {"--help", "-h", "--dry-run", "--dry_run", "--teacher-forced", "--teacher_forced", "--skip"}
-OWN_FLAGS = {"train": ("dry_run", "help"), "run": ("until", "from", "help")}  # besides the settings of a recipe
+OWN_FLAGS = {  # besides the settings of a recipe
+    "train": ("dry_run", "help"),
+    "run": ("until", "from", "help"),
+    "plan": ("gpus", "gpu", "mfu", "help"),
+}
 LISTS = {"--drop"}  # flags with one value or more
-LATER = ("plan",)  # commands that are not in this version
 
 
 def train(
@@ -66,6 +69,30 @@ def run(
     from tract_fast import pipeline
 
     return pipeline.run(resolved, until=until, begin=begin)
+
+
+def plan(
+    recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")],
+    settings: Annotated[object, tyro.conf.arg(name="", constructor_factory=recipes.flags)],
+    gpus: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    gpu: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
+    mfu: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.4,
+) -> int:
+    """What a run will need: memory and when it is highest, time of a step and of both stages, settings that fit.
+
+    Nothing is trained or written, and the GPU need not be here. Any setting of the recipe can be given on the command
+    line, as with train.
+
+    Args:
+        recipe: YAML file of settings, as for train.
+        gpus: GPUs that the run will have; run.nproc if not given.
+        gpu: Their name, such as h100-80gb (a wrong one lists all); what is here if not given.
+        mfu: Share of a GPU's arithmetic peak that is taken for reached: an assumption, not a measurement.
+    """
+    resolved = recipes.build(recipe, recipes.overrides(settings))
+    from tract_fast import planning
+
+    return planning.run(resolved, gpu=gpu, count=gpus, mfu=mfu)
 
 
 def export(
@@ -254,6 +281,7 @@ def doctor() -> int:
 COMMANDS = {
     "train": train,
     "run": run,
+    "plan": plan,
     "export": export,
     "generate": generate,
     "evaluate": evaluate,
@@ -266,6 +294,7 @@ COMMANDS = {
 WORDS = {  # what a command takes besides flags, as it is told to who leaves it out; those in brackets may be left out
     "train": ("a recipe: tract-fast train RECIPE.yaml", 1, 1),
     "run": ("a recipe: tract-fast run RECIPE.yaml", 1, 1),
+    "plan": ("a recipe: tract-fast plan RECIPE.yaml", 1, 1),
     "export": ("a run: tract-fast export RUN_DIR", 1, 1),
     "generate": ("a judge and data: tract-fast generate MODEL DATA", 2, 2),
     "evaluate": ("a judge and data: tract-fast evaluate MODEL DATA", 2, 2),
@@ -364,8 +393,6 @@ def _overview() -> str:
 
 
 def _meant(command: str) -> str:
-    if command in LATER:
-        return " of this version"
     if command.endswith((".yaml", ".yml")):
         return f"; did you mean {PROG} train {command}?"
     near = difflib.get_close_matches(command, COMMANDS, n=1)

@@ -1,0 +1,194 @@
+"""How long a run takes, from what its maker states of a GPU and shares of it that are assumed: no measurement.
+
+Per step: the slowest rank's arithmetic, what FSDP2 sends meanwhile, then the update of the weights. Generation: each
+token reads all weights and the cache once, and launches every block's kernels. ``Rates`` are printed with the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tract_fast.data.batch import total_steps
+from tract_fast.data.prompt import Encoded
+from tract_fast.estimate import StepPlan, Target
+from tract_fast.gpus import Gpu
+from tract_fast.model import DTYPES, TractModel
+from tract_fast.perf import Work, work_of
+from tract_fast.recipe import Recipe
+from tract_fast.selfcheck import heads_of
+from tract_fast.shard import units
+
+MFU = 0.4  # of a GPU's arithmetic peak
+LINK = 0.7  # of the link between GPUs
+MEMORY = 0.6  # of memory bandwidth
+HOST = 0.8e-3  # seconds in which transformers launches a block's kernels, for each token that is generated
+NODE = 8  # GPUs that a link is stated for
+UPDATE = 40  # bytes of memory traffic a trained weight: norm, clipping and AdamW, in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What is taken for reached: FLOP/s, and bytes a second of memory and between GPUs."""
+
+    compute: float
+    memory: float
+    link: float
+    told: str
+
+    @classmethod
+    def of(cls, gpu: Gpu, peak_tflops: float | None, mfu: float) -> Rates:
+        """Shares of what is stated of ``gpu``; ``peak_tflops``: ``run.peak_tflops``, instead of its own."""
+        peak = gpu.peak if peak_tflops is None else peak_tflops * 1e12
+        source = "dense bfloat16" if peak_tflops is None else "run.peak_tflops"
+        told = (
+            f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({source}; --mfu), {MEMORY:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s "
+            f"of memory, {LINK:.0%} of {gpu.link / 1e9:.0f} GB/s between GPUs, {HOST * 1e3:.1f} ms a block to launch "
+            "each generated token"
+        )
+        return cls(compute=peak * mfu, memory=gpu.bandwidth * MEMORY, link=gpu.link * LINK, told=told)
+
+    def __str__(self) -> str:
+        return self.told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A model in numbers of weights."""
+
+    weights: int
+    trained: int
+    again: int
+    """Gathered a second time, for backward."""
+    blocks: int
+    cache: int
+    """Keys and values of a token."""
+    work: Work | None
+    """None: its arithmetic is not known (experts)."""
+
+
+def sizes_of(model: TractModel, recipe: Recipe, config) -> Sizes:
+    """Those of a model that is not sharded; it may be on meta tensors."""
+    count = lambda parameters: sum(p.numel() for p in parameters)  # noqa: E731
+    again = [u for u in units(model, recipe.shard) if u.resharded and u.in_backward]
+    _, key_heads, width = heads_of(config)
+    return Sizes(
+        weights=count(model.parameters()),
+        trained=count(model.trainable().values()),
+        again=sum(count(module.parameters()) for u in again for module in u.modules),
+        blocks=len(model.blocks),
+        cache=2 * key_heads * width * len(model.blocks),
+        work=work_of(model.blocks, model.head, config),
+    )
+
+
+def recomputed(setting: str) -> float:
+    """The share of the blocks whose forward runs again in backward (``train.activation_checkpointing``): of all, of
+    every k-th; ``selective`` keeps what the time goes into."""
+    return {"none": 0.0, "selective": 0.0, "full": 1.0}.get(setting) or (1 / int(setting) if setting.isdigit() else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flops:
+    """Operations of a step, on average over those that were planned."""
+
+    model: float
+    """Of all ranks; nothing computed twice."""
+    slowest: float
+    """Of the rank that has the most, with what is computed again."""
+
+
+def flops_of(work: Work, recipe: Recipe, step: StepPlan) -> Flops:
+    """From the micro-batches themselves."""
+    again = recomputed(recipe.train.activation_checkpointing)
+    model = slowest = 0.0
+    for ranks in step.packed:
+        needed = [sum(work.flops(*m.segments(), m.rows) for m in rank) for rank in ranks]
+        twice = [again * sum(work.forward(*m.segments()) for m in rank) for rank in ranks]
+        model += sum(needed)
+        slowest += max(a + b for a, b in zip(needed, twice, strict=True))
+    return Flops(model=model / step.planned, slowest=slowest / step.planned)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that a rank receives in a step."""
+
+    gathered: float
+    reduced: float
+
+    @property
+    def total(self) -> float:
+        return self.gathered + self.reduced
+
+
+def traffic(sizes: Sizes, recipe: Recipe, target: Target, step: StepPlan) -> Traffic:
+    """FSDP2's: weights for forward and backward of each micro-batch; float32 gradients after each, with LoRA once."""
+    ways = max(1, target.world // recipe.shard.replicate)
+    replicas = target.world // ways
+    calls = step.micro_batches / target.world
+    part = (ways - 1) / ways
+    gathered = part * (sizes.weights + sizes.again) * DTYPES[recipe.model.dtype].itemsize
+    # a ring sends what is summed twice round the replicas
+    reduced = 4 * sizes.trained * (part + 2 * (replicas - 1) / replicas / ways)
+    return Traffic(gathered=calls * gathered, reduced=(1 if recipe.lora.rank else calls) * reduced)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds."""
+
+    compute: float
+    communication: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """Communication overlaps with arithmetic."""
+        return max(self.compute, self.communication) + self.update
+
+
+def step_time(sizes: Sizes, flops: Flops, sent: Traffic, rates: Rates, ways: int) -> StepTime:
+    """Of one optimizer step, whose weights are split ``ways``."""
+    return StepTime(
+        compute=flops.slowest / rates.compute,
+        communication=sent.total / rates.link,
+        update=UPDATE * sizes.trained / ways / rates.memory,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Rationales for the second stage, on one GPU."""
+
+    rationales: int
+    tokens: int
+    seconds: float
+
+
+def generation(sizes: Sizes, recipe: Recipe, examples: Sequence[Encoded], rates: Rates) -> Generation:
+    """Written by transformers, ``generate.batch`` at a time, each as long as the data's own (at most
+    ``generate.max_new_tokens``); a batch goes on until its longest has ended."""
+    settings, width = recipe.generate, DTYPES[recipe.model.dtype].itemsize
+    at_once = max(1, settings.batch // settings.n)
+    seconds = tokens = 0.0
+    for i in range(0, len(examples), at_once):
+        part = examples[i : i + at_once]
+        lengths = [min(len(e.ids) - e.prompt_len, settings.max_new_tokens) for e in part]
+        prompts = [e.prompt_len for e in part]
+        sequences, longest = len(part) * settings.n, max(lengths)
+        read = width * (sizes.weights + sizes.cache * sequences * (max(prompts) + longest / 2))
+        products = 2 * sizes.weights * sequences
+        a_token = max(read / rates.memory, products / rates.compute, sizes.blocks * HOST)
+        prefill = sizes.work.forward(prompts, prompts) if sizes.work else 2 * sizes.weights * sum(prompts)
+        seconds += prefill / rates.compute + longest * a_token
+        tokens += settings.n * sum(lengths)
+    return Generation(rationales=settings.n * len(examples), tokens=int(tokens), seconds=seconds)
+
+
+def second_stage_steps(recipe: Recipe, examples: int) -> int:
+    """Optimizer steps of the second stage: on as many examples as there are rationales."""
+    own = examples * recipe.generate.n
+    count = own + (examples if recipe.stage2.rationales == "both" else 0)
+    train = recipe.train
+    return total_steps(count, batch=train.batch, epochs=train.epochs, max_steps=train.max_steps)
