@@ -96,6 +96,7 @@ class StepPlan:
     max_rows: int
     max_keys: int  # keys that are gathered for shared prompts
     planned: int
+    calls: float  # micro-batches of a rank in a step, on average; the same number on all ranks, some may be empty
     several: bool  # some rank has more than one micro-batch in a step
     packed: list[list[list[Micro]]] = field(repr=False)  # of each step that was planned: of each rank
 
@@ -129,6 +130,7 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Shari
         max_rows=max(m.rows for m in every),
         max_keys=max(m.keys() for m in every),
         planned=len(packed),
+        calls=sum(max(map(len, step)) for step in packed) / len(packed),
         several=any(len(rank) > 1 for step in packed for rank in step),
         packed=packed,
     )

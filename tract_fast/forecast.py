@@ -23,6 +23,7 @@ MFU = 0.4  # of a GPU's arithmetic peak
 LINK = 0.7  # of the link between GPUs
 MEMORY = 0.6  # of memory bandwidth
 HOST = 0.8e-3  # seconds in which transformers launches a block's kernels, for each token that is generated
+LAUNCH = 1.5e-3  # seconds in which forward and backward of a block are launched, for each micro-batch
 NODE = 8  # GPUs that a link is stated for
 UPDATE = 40  # bytes of memory traffic a trained weight: norm, clipping and AdamW, in float32
 
@@ -42,9 +43,9 @@ class Rates:
         peak = gpu.peak if peak_tflops is None else peak_tflops * 1e12
         source = "dense bfloat16" if peak_tflops is None else "run.peak_tflops"
         told = (
-            f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({source}; --mfu), {MEMORY:.0%} of {gpu.bandwidth / 1e12:.2f} TB/s "
-            f"of memory, {LINK:.0%} of {gpu.link / 1e9:.0f} GB/s between GPUs, {HOST * 1e3:.1f} ms a block to launch "
-            "each generated token"
+            f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({source}; --mfu), {MEMORY:.0%} of "
+            f"{gpu.bandwidth / 1e12:.2f} TB/s of memory, {LINK:.0%} of {gpu.link / 1e9:.0f} GB/s between GPUs; "
+            f"to launch a block at least {LAUNCH * 1e3:.1f} ms a micro-batch and {HOST * 1e3:.1f} ms a generated token"
         )
         return cls(compute=peak * mfu, memory=gpu.bandwidth * MEMORY, link=gpu.link * LINK, told=told)
 
@@ -126,7 +127,7 @@ def traffic(sizes: Sizes, recipe: Recipe, target: Target, step: StepPlan) -> Tra
     """FSDP2's: weights for forward and backward of each micro-batch; float32 gradients after each, with LoRA once."""
     ways = max(1, target.world // recipe.shard.replicate)
     replicas = target.world // ways
-    calls = step.micro_batches / target.world
+    calls = step.calls
     part = (ways - 1) / ways
     gathered = part * (sizes.weights + sizes.again) * DTYPES[recipe.model.dtype].itemsize
     # a ring sends what is summed twice round the replicas
@@ -139,6 +140,7 @@ class StepTime:
     """Seconds."""
 
     compute: float
+    """Arithmetic, or launching it where that takes longer."""
     communication: float
     update: float
 
@@ -148,10 +150,10 @@ class StepTime:
         return max(self.compute, self.communication) + self.update
 
 
-def step_time(sizes: Sizes, flops: Flops, sent: Traffic, rates: Rates, ways: int) -> StepTime:
-    """Of one optimizer step, whose weights are split ``ways``."""
+def step_time(sizes: Sizes, flops: Flops, sent: Traffic, rates: Rates, *, ways: int, calls: float) -> StepTime:
+    """Of one optimizer step; weights are split ``ways``, and a rank has ``calls`` micro-batches."""
     return StepTime(
-        compute=flops.slowest / rates.compute,
+        compute=max(flops.slowest / rates.compute, calls * sizes.blocks * LAUNCH),
         communication=sent.total / rates.link,
         update=UPDATE * sizes.trained / ways / rates.memory,
     )

@@ -89,8 +89,9 @@ def header(plan: Plan) -> str:
     """Machine, model and steps."""
     recipe, sizes, place = plan.recipe, plan.sizes, plan.place
     return (
-        f"{described(plan.target)}; {recipe.model.path}: {sizes.weights / 1e6:,.1f}M weights, "
-        f"{sizes.trained / 1e6:,.2f}M trained, in {recipe.model.dtype}; attention {place.attention}, loss {place.loss}\n"
+        f"{described(plan.target)}; attention {place.attention}, loss {place.loss}\n"
+        f"{recipe.model.path}: {sizes.weights / 1e6:,.1f}M weights, {sizes.trained / 1e6:,.2f}M of them trained, "
+        f"computed in {recipe.model.dtype}\n"
         f"{estimate.describe_steps(recipe, plan.data, plan.step)}\n{plan.sharing.line}"
     )
 
@@ -206,9 +207,10 @@ def about_time(plan: Plan) -> Iterator[str]:
 def hours(plan: Plan, rates: forecast.Rates, flops: forecast.Flops, sent: forecast.Traffic) -> Iterator[str]:
     """Seconds of a step, hours of the stages, and what they rest on."""
     recipe, sizes, world = plan.recipe, plan.sizes, plan.target.world
-    each = forecast.step_time(sizes, flops, sent, rates, max(1, world // recipe.shard.replicate))
+    ways = max(1, world // recipe.shard.replicate)
+    each = forecast.step_time(sizes, flops, sent, rates, ways=ways, calls=plan.step.calls)
     yield (
-        f"a step takes {each.total:.3f} s: arithmetic {each.compute:.3f}, meanwhile communication "
+        f"a step takes {each.total:.3f} s: arithmetic and launching it {each.compute:.3f}, meanwhile communication "
         f"{each.communication:.3f}, then the update {each.update:.3f}"
     )
     parts, notes = {f"stage 1, {plan.step.steps} steps": each.total * plan.step.steps}, []
