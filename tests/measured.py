@@ -1,28 +1,33 @@
-"""Training steps on the CPU whose tensors are counted, one process each: ``python -m tests.measured NAME FOLDER``.
+"""Training steps on the CPU whose tensors are counted, in a process of its own: ``python -m tests.measured NAME DIR``.
 
-The bytes that PyTorch's own allocator has given out are read from its profiler: the most above what was held when the
-step began, which is weights and AdamW's state. Buffers that our C++ takes from elsewhere (``native.scratch``) are taken
-from that allocator here, so that they are counted too.
+The bytes that PyTorch's allocator has given out are read from its profiler: the most above what was held when a step
+began, which is weights and AdamW's state. Buffers that our C++ takes elsewhere (``native.scratch``) are taken from that
+allocator here, so that they are counted too. Several ranks are one process with PyTorch's fake process group: it sends
+nothing, and FSDP2 holds what it would.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_models import random_lm
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import launch, shard, train
+from tract_fast import launch, memory, recipe as recipes, shard, train, weights
 from tract_fast.loss import native
 from tract_fast.prepare import prepare
 from tract_fast.recipe import Recipe
+from tract_fast.shard import Ranks
 
 SIZE = {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 512}
 MODELS = {
@@ -31,62 +36,79 @@ MODELS = {
     "qwen3": lambda v, **size: Qwen3Config(vocab_size=v, **SIZE, **size),
     "gemma3": lambda v, **size: Gemma3TextConfig(vocab_size=v, sliding_window=32, **SIZE, **size),
 }
-WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "head_dim": 32}
-DEEP = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 12, "head_dim": 32}
+WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32}
+DEEP = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "head_dim": 32}
 THIN = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 16}
-# family, vocabulary, sizes, settings
-CASES: dict[str, tuple[str, int, dict, dict]] = {
-    "full, float32": ("llama", 8000, WIDE, {}),
-    "LoRA, bfloat16": ("llama_tied", 8000, WIDE, {"lora__rank": 8, "model__dtype": "bfloat16"}),
-    "recomputed, tied": ("llama_tied", 8000, DEEP, {"train__activation_checkpointing": "full"}),
-    "every second recomputed, qwen3": ("qwen3", 8000, DEEP, {"train__activation_checkpointing": "2"}),
-    "selective, LoRA": ("llama", 8000, DEEP, {"train__activation_checkpointing": "selective", "lora__rank": 16}),
-    "gemma3, bfloat16": ("gemma3", 8000, WIDE, {"model__dtype": "bfloat16"}),
-    "several chunks, dW in float32": ("llama_tied", 160_000, THIN, {"model__dtype": "bfloat16", "train__batch": 80}),
-    "sampled": ("llama", 64_000, WIDE, {"loss__gradient": "sampled"}),
-    "reference": ("llama", 8000, WIDE, {"loss__implementation": "reference"}),
-    "micro-batches": ("llama", 8000, WIDE, {"train__max_tokens": 400}),
-    "micro-batches, LoRA": ("llama", 8000, WIDE, {"train__max_tokens": 400, "lora__rank": 64}),
-    "shared prompts": ("qwen3", 8000, WIDE, {"data__share_prompts": "auto"}),
-}
+BF16 = {"model__dtype": "bfloat16"}
+# family, vocabulary, sizes, ranks, settings
+CASES: dict[str, tuple[str, int, dict, int, dict]] = {
+    "full, float32": ("llama", 8000, WIDE, 1, {}),
+    "LoRA, bfloat16, tied": ("llama_tied", 8000, WIDE, 1, {"lora__rank": 8, **BF16}),
+    "recomputed, tied": ("llama_tied", 8000, DEEP, 1, {"train__activation_checkpointing": "full"}),
+    "every second recomputed, qwen3, shared prompts": (
+        "qwen3", 8000, DEEP, 1, {"train__activation_checkpointing": "2", "data__share_prompts": "auto"},
+    ),
+    "selective, LoRA, micro-batches": (
+        "llama", 8000, DEEP, 1,
+        {"train__activation_checkpointing": "selective", "lora__rank": 64, "train__max_tokens": 700},
+    ),
+    "several chunks, dW in float32": ("llama_tied", 160_000, THIN, 1, {**BF16, "train__batch": 80}),
+    "sampled, micro-batches": ("llama", 32_000, WIDE, 1, {"loss__gradient": "sampled", "train__max_tokens": 1200}),
+    "four ranks, gemma3, bfloat16, micro-batches": ("gemma3", 8000, WIDE, 4, {**BF16, "train__max_tokens": 300}),
+}  # fmt: skip
 
 
-def recipe_of(name: str, folder: Path) -> Recipe:
-    """The recipe of a case, its model and its data written to ``folder``."""
-    family, vocabulary, size, settings = CASES[name]
-    shared = settings.get("data__share_prompts") == "auto"
+def make(name: str, folder: Path) -> Recipe:
+    """The recipe of a case, written to ``folder`` with its model and its data."""
+    family, vocabulary, size, _, settings = CASES[name]
     path = folder / family
     tiny_tokenizer().save_pretrained(path)
     random_lm(MODELS[family](vocabulary, **size)).save_pretrained(path)
-    write_data(folder / "data.jsonl", n=settings.get("train__batch", 48), siblings=6 if shared else 1)
-    usual = {"train__batch": 48, "train__max_tokens": 8000, "train__shuffle": False, "train__max_steps": 3}
+    siblings = 6 if "data__share_prompts" in settings else 1
+    write_data(folder / "data.jsonl", n=settings.get("train__batch", 30), siblings=siblings)
+    usual = {"train__batch": 30, "train__max_tokens": 8000, "train__shuffle": False, "train__max_steps": 2}
     usual |= {"data__holdout": 0.0, "data__share_prompts": "off"}
-    return tiny_recipe(folder, family=family, **usual | settings)
+    recipe = tiny_recipe(folder, family=family, **usual | settings)
+    (folder / "recipe.yaml").write_text(recipes.dump(recipe))
+    return recipe
 
 
-def measured(recipe: Recipe) -> int:
-    """The most bytes of tensors in the second step, above those at its start."""
+def measure(recipe: Recipe, world: int) -> dict[str, int]:
+    """``peak``: the most bytes of tensors in the second step above those at its start, ``held``."""
     data = prepare(recipe, lambda text: None)
-    with shard.start_ranks() as ranks:
+    with ranks_of(world) as ranks, launch.StopSignal(loud=False) as stop:
         job = train.assemble(recipe, ranks, data, lambda text: None)
         native.scratch = lambda like, rows, columns: like.new_empty(rows, columns)
-        with launch.StopSignal(loud=False) as stop:
-            train.train_step(job, 0, stop)
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-                train.train_step(job, 1, stop)
-    return max(allocated(seen))
+        train.train_step(job, 0, stop)
+        held = memory.holdings(job.model, job.optimizer)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+            train.train_step(job, 1, stop)
+    assert held["gradients"] == 0
+    return {"peak": max(itertools.accumulate(allocations(seen))), "held": held["weights"] + held["AdamW state"]}
 
 
-def allocated(seen: torch.profiler.profile) -> Iterator[int]:
-    """Bytes given out since the profiler began, at each call of the allocator."""
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            yield event.nbytes()
+@contextmanager
+def ranks_of(world: int) -> Iterator[Ranks]:
+    """This process as the first of so many ranks."""
+    if world == 1:
+        with shard.start_ranks() as ranks:
+            yield ranks
+        return
+    device = torch.device("cpu")
+    weights._of_any_rank = lambda text: text  # objects cannot be exchanged with ranks that are not there
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    yield Ranks(0, world, device, shard.make_mesh(device, world, 1))
+    dist.destroy_process_group()
+
+
+def allocations(seen: torch.profiler.profile) -> list[int]:
+    """Bytes of each call of the allocator in turn, negative where they are given back; of what was there before the
+    profiler began nothing is known."""
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    made = recipe_of(sys.argv[1], Path(sys.argv[2]))
-    if len(sys.argv) > 3:
-        made = replace(made, run=replace(made.run, dir=sys.argv[3]))
-    print(json.dumps({"measured": measured(made)}))
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    print(json.dumps(measure(make(name, folder), CASES[name][3])))

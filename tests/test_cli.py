@@ -84,7 +84,18 @@ def test_version(capsys):
     ("argv", "message"),
     [
         (["trian"], "trian is no command; did you mean train?; tract-fast --help lists them"),
-        (["plan"], "plan is no command of this version; tract-fast --help lists them"),
+        (["plan"], "plan needs a recipe: tract-fast plan RECIPE.yaml"),
+        (
+            ["plan", "r.yaml", "--gpu", "h10-80gb"],
+            "--gpu h10-80gb: no such GPU is known; did you mean h100-80gb?; those",
+        ),
+        (["plan", "r.yaml", "--gpus", "0"], "--gpus 0: must be 1 or more"),
+        (["plan", "r.yaml", "--mfu", "1.5"], "--mfu 1.5: must be a share of the peak, above 0 and at most 1"),
+        (["plan", "r.yaml", "--gpuss", "2"], "--gpuss: no such setting"),
+        (
+            ["plan", "r.yaml", "--gpus", "3", "--shard.replicate", "2"],
+            "shard.replicate = 2: must divide the number of G",
+        ),
         (["my.yaml"], "my.yaml is no command; did you mean tract-fast train my.yaml?; tract-fast --help lists them"),
         (["--hlep"], "--hlep is no command; tract-fast --help lists them"),
         (["train", "none.yaml"], "none.yaml: no such recipe file"),
