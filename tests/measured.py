@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, int, dict, int, dict]] = {
         {"train__activation_checkpointing": "selective", "lora__rank": 64, "train__max_tokens": 700},
     ),
     "several chunks, dW in float32": ("llama_tied", 160_000, THIN, 1, {**BF16, "train__batch": 80}),
-    "sampled, micro-batches": ("llama", 32_000, WIDE, 1, {"loss__gradient": "sampled", "train__max_tokens": 1200}),
+    "sampled, micro-batches": ("llama", 16_000, WIDE, 1, {"loss__gradient": "sampled", "train__max_tokens": 1200}),
     "four ranks, gemma3, bfloat16, micro-batches": ("gemma3", 8000, WIDE, 4, {**BF16, "train__max_tokens": 300}),
 }  # fmt: skip
 

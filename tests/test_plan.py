@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,18 +21,18 @@ from tract_fast.estimate import Target
 from tract_fast.prepare import prepare
 
 H100 = gpus.called("h100-80gb")
-SEVEN = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+WIDTHS = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
 
 
 def large(folder, **changes):
-    """A recipe of an 8-billion Llama that has a configuration and a tokenizer, and no weights."""
+    """A recipe of 8 of Llama-3-8B's 32 blocks: there is a configuration and a tokenizer, and no weights."""
     path = folder / "large"
-    config = LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=False, **SEVEN)
+    config = LlamaConfig(vocab_size=128_256, num_hidden_layers=8, tie_word_embeddings=False, **WIDTHS)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
-    write_data(folder / "data.jsonl", n=64)
-    settings = {"model__dtype": "bfloat16", "data__holdout": 0.0, "train__batch": 64, "train__max_tokens": 4096}
+    write_data(folder / "data.jsonl", n=256)
+    settings = {"model__dtype": "bfloat16", "data__holdout": 0.0, "train__batch": 256, "train__max_tokens": 16384}
     return tiny_recipe(folder, family="large", **settings | changes)
 
 
@@ -55,12 +56,12 @@ def big(tmp_path_factory):
 def test_what_is_printed(capsys, tmp_path, big):
     text = printed(capsys, tmp_path, big, "--gpus", "8", "--gpu", "h100-80gb", "--lora.rank", "8")
     assert "8 x h100-80gb; attention tract_varlen, loss chunked" in text
-    assert "8,051.2M weights, 20.97M of them trained" in text
+    assert "2,800.8M weights, 5.24M of them trained" in text
     for line in ("AdamW state (float32)", "gradients", "activations (train.activation_checkpointing none)", "the loss"):
         assert line in text
     assert "memory of one rank at its peak: in the " in text and "GiB: none " in text and ", full " in text
     assert "largest micro-batch that fits: train.max_tokens " in text and "of 79.6 GiB: fits" in text
-    for stage in ("stage 1, 6 steps", "generation, 64 rationales", "stage 2, 6 steps", "in all", "GPU-hours"):
+    for stage in ("stage 1, 6 steps", "generation, 256 rationales", "stage 2, 6 steps", "in all", "GPU-hours"):
         assert stage in text
     assert "assumed, not measured: 40% of 989 TFLOP/s" in text and "not counted: loading" in text
     assert not (tmp_path / "run").exists(), "nothing is written"
@@ -69,9 +70,25 @@ def test_what_is_printed(capsys, tmp_path, big):
 def test_what_does_not_fit_is_told_with_what_would_help(capsys, tmp_path, big):
     text = printed(capsys, tmp_path, big, "--gpu", "l4-24gb")
     assert "of 22.5 GiB: DOES NOT FIT" in text and "not even the longest example fits by itself" in text
-    assert "what would help, in this order: train.activation_checkpointing full (about" in text
-    assert "2 ranks (run.nproc, or more nodes) (about" in text and "shard.cpu_offload true (about" in text
-    assert "lora.rank 8" in text
+    advice = [
+        "what would help, in this order: ",
+        "2 ranks (run.nproc, or more nodes) (about",
+        "shard.cpu_offload true (",
+    ]
+    places = [text.index(s) for s in (*advice, "lora.rank 8 (adapters instead of all weights) (about")]
+    assert places == sorted(places)
+
+
+def test_what_fits_of_what_does_not(capsys, tmp_path, big):
+    """With LoRA it is the activations that are too many."""
+    text = printed(capsys, tmp_path, big, "--gpu", "l4-24gb", "--lora.rank", "8")
+    assert "DOES NOT FIT" in text and "in this order: train.activation_checkpointing full (about" in text
+    (most,) = re.findall(r"largest micro-batch that fits: train.max_tokens (\d+)$", text, re.MULTILINE)
+    more = str(int(most) + planning.MULTIPLE)
+    for tokens, told in ((most, "GiB: fits"), (more, "GiB: DOES NOT FIT")):
+        assert told in printed(
+            capsys, tmp_path, big, "--gpu", "l4-24gb", "--lora.rank", "8", "--train.max_tokens", tokens
+        )
 
 
 def test_without_a_gpu(capsys, tmp_path):
@@ -193,13 +210,13 @@ def test_generation_ends_with_the_longest_of_a_batch(big):
     settings = replace(big.generate, batch=16, n=2)
     found = forecast.generation(made.sizes, replace(big, generate=settings), made.data.train, rates)
     lengths = [len(e.ids) - e.prompt_len for e in made.data.train]
-    longest = sum(max(lengths[i : i + 8]) for i in range(0, 64, 8))
-    assert found.rationales == 128 and found.tokens == 2 * sum(lengths)
-    assert found.seconds > longest * 32 * forecast.HOST
+    longest = sum(max(lengths[i : i + 8]) for i in range(0, 256, 8))
+    assert found.rationales == 512 and found.tokens == 2 * sum(lengths)
+    assert found.seconds > longest * 8 * forecast.HOST
     short = forecast.generation(
         made.sizes, replace(big, generate=replace(settings, max_new_tokens=3)), made.data.train, rates
     )
-    assert short.tokens == 128 * 3 and short.seconds < found.seconds
+    assert short.tokens == 512 * 3 and short.seconds < found.seconds
 
 
 def test_the_second_stage_trains_on_what_was_written(tmp_path):

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 
 from tract_fast import estimate, forecast, gpus, memory, trace
-from tract_fast.data.batch import check_fits
 from tract_fast.errors import UserError
 from tract_fast.estimate import Memory, StepPlan, Target
 from tract_fast.forecast import Sizes
@@ -174,10 +173,11 @@ def largest(recipe: Recipe, data: Prepared, target: Target, limit: int, found: M
 
 
 def most_tokens(recipe: Recipe, data: Prepared, target: Target) -> int:
-    """Tokens of the fullest step of a rank: with as many in a micro-batch, each rank has one."""
+    """Tokens of the fullest step of a rank, what is shared counted each time: with as many in a micro-batch, each rank
+    has one."""
     whole = replace(recipe, train=replace(recipe.train, max_tokens=sum(len(e.ids) for e in data.train)))
-    check_fits([len(e.ids) for e in data.train], whole.train.max_tokens)
-    return estimate.plan(whole, data.train, target.world, estimate.sharing_of(whole, data, target)).max_tokens
+    step = estimate.plan(whole, data.train, target.world, estimate.sharing_of(whole, data, target))
+    return max(sum(len(e.ids) for e in micro.examples) for ranks in step.packed for rank in ranks for micro in rank)
 
 
 def about_time(plan: Plan) -> Iterator[str]:
