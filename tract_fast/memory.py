@@ -38,7 +38,17 @@ def watched(recipe: Recipe, data: Prepared, world: int, model: nn.Module, optimi
         held = ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in holdings(model, optimizer).items())
         told = [f"out of memory {doing} ({asked}); held: {held}"]
         told += [write_snapshot(Path(recipe.run.dir))] if recipe.run.memory_snapshot else []
-        raise RunStopped("; ".join([*told, remedies(recipe, data, estimate.this_machine(world))])) from error
+        raise RunStopped("; ".join([*told, _advice(recipe, data, world)])) from error
+
+
+def _advice(recipe: Recipe, data: Prepared, world: int) -> str:
+    """``remedies`` of a run that has used up its memory: to find them takes a little."""
+    try:
+        return remedies(recipe, data, estimate.this_machine(world))
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        return "no memory is left to find what would help: tract-fast plan tells it"
 
 
 def holdings(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, int]:

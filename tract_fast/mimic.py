@@ -2,7 +2,7 @@
 
 The hooks stand where FSDP2's do and do to the ledger what its do to memory (torch 2.13, ``_fsdp_param_group.py``):
 gather a unit before its forward and backward, put it back after, reduce gradients once those of its inputs are there.
-``tests/test_plan.py`` holds it against FSDP2's own allocations, with one rank and with several.
+``tests/test_trace.py`` holds it against FSDP2's own allocations, with one rank and with several.
 """
 
 from __future__ import annotations
@@ -43,30 +43,29 @@ class Gathered:
 
     unit: Unit
     params: list[nn.Parameter]
-    stored: dict[nn.Parameter, int]  # bytes of an element where it is stored
-    here: bool = False
-    coming: bool = False
+    here: bool = False  # its weights, whole
+    coming: bool = False  # they are gathered, and not yet copied to where they are used
     begun: bool = False  # its backward
-    done: bool = False
+    done: bool = False  # its gradients are on their way
     place: int = -1  # in the order of forward
-    to_run: set = field(default_factory=set)
+    to_run: set[nn.Module] = field(default_factory=set)  # of its modules, in this forward
 
 
 class Mimic:
-    """Puts the hooks on ``model``; ``finish`` after backward."""
+    """Puts the hooks on the modules of ``units``, for one forward and backward; call ``finish`` after that. ``stored``:
+    bytes of an element of each parameter where it is stored."""
 
     def __init__(self, ledger: Ledger, split: Split, units: list[Unit], stored: dict[nn.Parameter, int]):
-        self.ledger, self.split = ledger, split
-        self.order: list[Gathered] = []
-        self.reducing: list[Gathered] = []
+        self.ledger, self.split, self.stored = ledger, split, stored
+        self.all: list[Gathered] = []
+        self.order: list[Gathered] = []  # of forward
+        self.reducing: list[Gathered] = []  # whose buffers are kept until the next one's reduction
         self.last: Gathered | None = None  # whose gathered buffer is kept until the next one's
         owned: set[nn.Parameter] = set()
-        self.all: list[Gathered] = []
         for unit in units:
-            params = [p for module in unit.modules for p in module.parameters() if p not in owned]
-            params = list(dict.fromkeys(params))
-            owned.update(params)
-            one = Gathered(unit, params, stored)
+            inside = dict.fromkeys(p for module in unit.modules for p in module.parameters())
+            one = Gathered(unit, [p for p in inside if p not in owned])
+            owned.update(one.params)
             self.all.append(one)
             self._hold_sums(one)
             for module in unit.modules:
@@ -85,26 +84,26 @@ class Mimic:
     # forward
 
     def _before(self, one: Gathered, module: nn.Module, args, kwargs):
-        again = torch._C._current_graph_task_id() != -1  # computed again, inside backward
-        if not again and one.params:
+        if _in_backward():  # computed again: the weights are here, the hooks set
+            return args, kwargs
+        if one.params:
             what = "the embedding" if isinstance(module, nn.Embedding) else one.unit.name
             self.ledger.moment = f"forward of {what}"
-        first = not one.to_run
-        if first:
-            one.to_run = set(one.unit.modules)
-            if not again:
-                self._unshard(one, forward=True)
-            leaves, spec = tree_flatten((args, kwargs))
-            inputs = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
-            if inputs and not again:
-                after = iter(_AfterBackward.apply(functools.partial(self._after_backward, one), *inputs))
-                leaves = [next(after) if isinstance(x, Tensor) and x.requires_grad else x for x in leaves]
-                return tree_unflatten(leaves, spec)
-        return args, kwargs
+        if one.to_run:
+            return args, kwargs
+        one.to_run = set(one.unit.modules)
+        self._unshard(one, forward=True)
+        leaves, spec = tree_flatten((args, kwargs))
+        hooked = [isinstance(x, Tensor) and x.requires_grad for x in leaves]
+        if any(hooked):
+            inputs = [x for x, hook in zip(leaves, hooked, strict=True) if hook]
+            passed = iter(_AfterBackward.apply(functools.partial(self._after_backward, one), *inputs))
+            leaves = [next(passed) if hook else x for x, hook in zip(leaves, hooked, strict=True)]
+        return tree_unflatten(leaves, spec)
 
     def _after(self, one: Gathered, module: nn.Module, args, out):
         one.to_run.discard(module)
-        if one.to_run or torch._C._current_graph_task_id() != -1:
+        if one.to_run or _in_backward():
             return
         if one.unit.resharded:
             self._reshard(one)
@@ -174,7 +173,7 @@ class Mimic:
             self._drop_last()
         elements = sum(p.numel() for p in one.params)
         if self.split.ways == 1 and not self.split.host:
-            rounded = max((p.numel() for p in one.params if one.stored[p] != self.split.width), default=0)
+            rounded = max((p.numel() for p in one.params if self.stored[p] != self.split.width), default=0)
             self.ledger.touch(rounded * self.split.width, GATHERED)
         self.ledger.hold((one, "weights"), GATHERED, elements * self.split.width)
         one.here, one.coming = True, False
@@ -186,7 +185,7 @@ class Mimic:
     def _gather(self, one: Gathered) -> None:
         one.coming = True
         if self.split.host:  # brought from the host as they are stored
-            self.ledger.hold((one, "brought"), GATHERED, sum(self.split.shard(p) * one.stored[p] for p in one.params))
+            self.ledger.hold((one, "brought"), GATHERED, sum(self.split.shard(p) * self.stored[p] for p in one.params))
         if self.split.ways > 1:
             shard = sum(self.split.shard(p) for p in one.params) * self.split.width
             self.ledger.hold((one, "mine"), GATHERED, shard)
@@ -202,6 +201,11 @@ class Mimic:
     def _reshard(self, one: Gathered) -> None:
         self.ledger.drop((one, "weights"))
         one.here = False
+
+
+def _in_backward() -> bool:
+    """FSDP2 asks the same way."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class _AfterBackward(torch.autograd.Function):
