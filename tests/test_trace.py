@@ -11,10 +11,13 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given, settings as hypothesis_settings, strategies as st
+from transformers import MixtralConfig
 
 from tests.measured import CASES
+from tests.tiny import tiny_tokenizer
+from tests.tiny_models import SIZE, random_lm
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import estimate, recipe as recipes, trace
+from tract_fast import estimate, memory, recipe as recipes, trace
 from tract_fast.estimate import Target
 from tract_fast.ledger import ACTIVATIONS, Ledger
 from tract_fast.prepare import prepare
@@ -153,3 +156,21 @@ def test_offloaded_weights_are_not_on_the_gpu(tmp_path):
     assert trace.WEIGHTS not in found.tensors and trace.STATE not in found.tensors
     here = estimate.needed(recipe, prepare(recipe, lambda text: None), estimate.this_machine(1))
     assert here.tensors[trace.STATE] > 0, "a CPU's memory is the host's"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_experts(tmp_path, capsys, dtype):
+    """PyTorch's grouped products know 16 bits alone without values: told, and the rest of the dry run is there."""
+    tiny_tokenizer().save_pretrained(tmp_path / "mixtral")
+    random_lm(MixtralConfig(vocab_size=600, num_local_experts=4, **SIZE)).save_pretrained(tmp_path / "mixtral")
+    recipe = tiny_recipe(tmp_path, family="mixtral", model__dtype=dtype)
+    data = prepare(recipe, lambda text: None)
+    try:
+        found = estimate.needed(recipe, data, estimate.this_machine(1))
+        assert found.tensors[ACTIVATIONS] > 0
+    except trace.Untraceable as error:
+        assert dtype == "float32" and "MixtralForCausalLM cannot be counted: without values" in str(error)
+        estimate.show(recipe, data, None)
+        printed = capsys.readouterr().out
+        assert "cannot be counted" in printed and "one example" in printed
+        assert "cannot be counted" in memory.advice(recipe, data, 1)

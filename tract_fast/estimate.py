@@ -236,8 +236,12 @@ def show(recipe: Recipe, data: Prepared, start: Path | None) -> None:
         f"{recipe.run.dir}: {f'goes on from {start.name}' if start else 'a new run'}",
         markup=False,
     )
-    found = memory(recipe, data, target, step, sharing)
-    console.rule(f"memory (estimate, one rank of {target.world}), most in the {found.moment}")
-    console.print(memory_table(recipe, found, loss))
+    try:
+        found = memory(recipe, data, target, step, sharing)
+    except trace.Untraceable as error:
+        console.print(str(error), markup=False)
+    else:
+        console.rule(f"memory (estimate, one rank of {target.world}), most in the {found.moment}")
+        console.print(memory_table(recipe, found, loss))
     console.rule(Text(f"one example: {data.train[0].id}"))
     console.print(prompt.show(data.tokenizer, data.scale, data.train[0]))

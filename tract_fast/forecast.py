@@ -19,7 +19,6 @@ from tract_fast.recipe import Recipe
 from tract_fast.selfcheck import heads_of
 from tract_fast.shard import units
 
-MFU = 0.4  # of a GPU's arithmetic peak
 LINK = 0.7  # of the link between GPUs
 MEMORY = 0.6  # of memory bandwidth
 HOST = 0.8e-3  # seconds in which transformers launches a block's kernels, for each token that is generated

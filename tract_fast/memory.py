@@ -17,6 +17,7 @@ from tract_fast.estimate import Target
 from tract_fast.gpus import GIB
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
+from tract_fast.trace import Untraceable
 
 
 def ran_out(error: BaseException) -> bool:
@@ -38,13 +39,15 @@ def watched(recipe: Recipe, data: Prepared, world: int, model: nn.Module, optimi
         held = ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in holdings(model, optimizer).items())
         told = [f"out of memory {doing} ({asked}); held: {held}"]
         told += [write_snapshot(Path(recipe.run.dir))] if recipe.run.memory_snapshot else []
-        raise RunStopped("; ".join([*told, _advice(recipe, data, world)])) from error
+        raise RunStopped("; ".join([*told, advice(recipe, data, world)])) from error
 
 
-def _advice(recipe: Recipe, data: Prepared, world: int) -> str:
+def advice(recipe: Recipe, data: Prepared, world: int) -> str:
     """``remedies`` of a run that has used up its memory: to find them takes a little."""
     try:
         return remedies(recipe, data, estimate.this_machine(world))
+    except Untraceable as error:
+        return str(error)
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise

@@ -44,7 +44,7 @@ def run(recipe: Recipe, *, gpu: str | None, count: int | None, mfu: float) -> in
     """Print the plan of ``recipe`` on ``count`` GPUs called ``gpu``; None: as many as the recipe says, what is here.
     Raises UserError where a setting cannot work or the GPU is not known."""
     if not 0 < mfu <= 1:
-        raise UserError(f"--mfu {mfu}: must be a share of the peak, above 0 and at most 1, such as {forecast.MFU}")
+        raise UserError(f"--mfu {mfu}: must be a share of the peak, above 0 and at most 1, such as 0.4")
     if count is not None and count < 1:
         raise UserError(f"--gpus {count}: must be 1 or more")
     target = target_of(recipe, gpu, count)

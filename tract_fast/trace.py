@@ -13,7 +13,6 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from tract_fast import attention, weights
 from tract_fast.attention import DOCUMENTS, VARLEN
@@ -21,6 +20,7 @@ from tract_fast.data import batch as batches
 from tract_fast.data.batch import Batch
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.tree import Share
+from tract_fast.errors import UserError
 from tract_fast.ledger import ACTIVATIONS, Ledger
 from tract_fast.loss import footprint
 from tract_fast.loss.chunked import empty_results
@@ -61,8 +61,14 @@ class Peak:
         return sum(self.parts.values())
 
 
+class Untraceable(UserError):
+    """A model whose step does not run without values."""
+
+
 def outline(recipe: Recipe, data: Prepared, place: Place) -> TractModel:
     """The model that a recipe trains, on meta tensors, its parameters in the dtype in which they are stored."""
+    from transformers import AttentionInterface
+
     attention.register()
     kernel = functools.partial(attention.document_attention, kernel=functools.partial(fused, place.device.type))
     AttentionInterface.register(ON_META, kernel)
@@ -89,7 +95,8 @@ def fused(device_type: str, q, k, v, attn_mask=None, is_causal=False, scale=None
 
 
 def peak(recipe: Recipe, data: Prepared, examples: Sequence[Encoded], place: Place, *, several: bool) -> Peak:
-    """The peak of the last micro-batch of a step, ``examples``; ``several``: others came before it in the step."""
+    """The peak of the last micro-batch of a step, ``examples``; ``several``: others came before it in the step. Raises
+    Untraceable where an operator of the model needs values, or does not know its arguments without them."""
     model = outline(recipe, data, place)
     stored = {p: p.element_size() for p in model.parameters()}
     dtype = DTYPES[recipe.model.dtype]
@@ -108,25 +115,32 @@ def peak(recipe: Recipe, data: Prepared, examples: Sequence[Encoded], place: Pla
     if place.device.type == "cpu":
         ledger.instead[torch.ops.tract_fast.chunked_loss.default] = functools.partial(empty_results, device_type="cpu")
     ledger.leave_out([*model.parameters(), *model.buffers()])
-    _hold_state(ledger, model, stored, split)
+    _hold_state(ledger, stored, split)
     mimic = Mimic(ledger, split, units(model, recipe.shard), stored)
     for p in model.trainable().values():
         p.register_post_accumulate_grad_hook(lambda p: ledger.rename(p.grad, REDUCED))
     _plan_loss(model, place, ledger)
     batch = _on_meta(_collated(recipe, examples, place.share), keep_lengths=place.attention == DOCUMENTS)
     model.train()
-    with ledger:
-        out = model(batch)
-        ledger.purpose = BACKWARD
-        out.loss.backward()
-        mimic.finish()
-        del out
-        ledger.moment = "the update of the weights"
-        ledger.touch(1, REST)
+    try:
+        with ledger:
+            out = model(batch)
+            ledger.purpose = BACKWARD
+            out.loss.backward()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        kind = type(model.lm).__name__
+        raise Untraceable(
+            f"the memory of {kind} cannot be counted: without values it does not run ({reason})"
+        ) from error
+    mimic.finish()
+    del out
+    ledger.moment = "the update of the weights"
+    ledger.touch(1, REST)
     return Peak({name: size for name, size in ledger.peak.items() if size}, ledger.peak_moment)
 
 
-def _hold_state(ledger: Ledger, model: TractModel, stored: dict[nn.Parameter, int], split: Split) -> None:
+def _hold_state(ledger: Ledger, stored: dict[nn.Parameter, int], split: Split) -> None:
     """Enter what is there from the second step on, before its forward."""
     if split.host:
         return
