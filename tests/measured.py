@@ -1,9 +1,9 @@
-"""Training steps on the CPU whose tensors are counted, in a process of its own: ``python -m tests.measured NAME DIR``.
+"""Training steps whose tensors are counted, in a process of their own: ``python -m tests.measured NAME DIR``.
 
-The bytes that PyTorch's allocator has given out are read from its profiler: the most above what was held when a step
-began, which is weights and AdamW's state. Buffers that our C++ takes elsewhere (``native.scratch``) are taken from that
-allocator here, so that they are counted too. Several ranks are one process with PyTorch's fake process group: it sends
-nothing, and FSDP2 holds what it would.
+The most bytes above what was held when a step began, which is weights and AdamW's state: on a GPU CUDA's allocator
+keeps count; on a CPU PyTorch's profiler says what its allocator has given out, and buffers that our C++ takes elsewhere
+(``native.scratch``) are taken from there, so that they are counted too. Several ranks are one process with PyTorch's
+fake process group: it sends nothing, and FSDP2 holds what it would.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -81,10 +81,21 @@ def measure(recipe: Recipe, world: int) -> dict[str, int]:
         native.scratch = lambda like, rows, columns: like.new_empty(rows, columns)
         train.train_step(job, 0, stop)
         held = memory.holdings(job.model, job.optimizer)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-            train.train_step(job, 1, stop)
+        peak = peak_of(lambda: train.train_step(job, 1, stop), ranks.device)
     assert held["gradients"] == 0
-    return {"peak": max(itertools.accumulate(allocations(seen))), "held": held["weights"] + held["AdamW state"]}
+    return {"peak": peak, "held": held["weights"] + held["AdamW state"]}
+
+
+def peak_of(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors inside ``step`` above those at its start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    return max(itertools.accumulate(allocations(seen)))
 
 
 @contextmanager

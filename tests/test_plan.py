@@ -164,6 +164,14 @@ def test_recomputation_is_counted_for_time_alone(tmp_path, setting, share):
     assert flops.slowest == pytest.approx(flops.model + share * forward)
 
 
+def test_ranks_wait_for_the_slowest(tmp_path):
+    recipe = tiny_recipe(tmp_path, data__share_prompts="off", train__batch=18, train__max_tokens=128)
+    made = planned(recipe, world=3)
+    flops, one = (forecast.flops_of(made.sizes.work, recipe, p.step) for p in (made, planned(recipe)))
+    assert made.step.calls > 1 and one.model == pytest.approx(one.slowest) == pytest.approx(flops.model)
+    assert flops.model / 3 < flops.slowest < flops.model / 2
+
+
 def test_forward_is_a_third_of_the_blocks_work(tmp_path):
     work = planned(tiny_recipe(tmp_path, data__share_prompts="off")).sizes.work
     assert 3 * work.forward([7, 9], [7, 9]) == work.flops([7, 9], [7, 9], 0)

@@ -36,6 +36,8 @@ def dynamic(recipe, data, world):
 @pytest.mark.parametrize("name", CASES)
 def test_predicted_is_measured(name, tmp_path):
     """Tensors at the peak; a prediction for other checkpointing would be out of bounds."""
+    if CASES[name][3] > 1 and torch.cuda.is_available():
+        pytest.skip("the fake process group is of CPU tensors")
     command = [sys.executable, "-m", "tests.measured", name, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]

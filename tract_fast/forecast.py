@@ -6,6 +6,7 @@ token reads all weights and the cache once, and launches every block's kernels. 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -95,18 +96,19 @@ class Flops:
     model: float
     """Of all ranks; nothing computed twice."""
     slowest: float
-    """Of the rank that has the most, with what is computed again."""
+    """Of the rank that has the most in each micro-batch, with what is computed again."""
 
 
 def flops_of(work: Work, recipe: Recipe, step: StepPlan) -> Flops:
-    """From the micro-batches themselves."""
+    """From the micro-batches themselves; in each, ranks wait for the one that has the most to do."""
     again = recomputed(recipe.train.activation_checkpointing)
     model = slowest = 0.0
     for ranks in step.packed:
-        needed = [sum(work.flops(*m.segments(), m.rows) for m in rank) for rank in ranks]
-        twice = [again * sum(work.forward(*m.segments()) for m in rank) for rank in ranks]
-        model += sum(needed)
-        slowest += max(a + b for a, b in zip(needed, twice, strict=True))
+        for at_once in itertools.zip_longest(*ranks):
+            micros = [m for m in at_once if m]
+            needed = [work.flops(*m.segments(), m.rows) for m in micros]
+            model += sum(needed)
+            slowest += max(n + again * work.forward(*m.segments()) for n, m in zip(needed, micros, strict=True))
     return Flops(model=model / step.planned, slowest=slowest / step.planned)
 
 
