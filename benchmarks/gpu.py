@@ -100,7 +100,8 @@ def parts(out: Path, tiny: bool, model: Path | None = None, torch: str = "") -> 
     untested = lacking("pytest", "hypothesis")
     marked = ["-k", "cpu and (adamw or wait or softmax)"] if tiny else ["-m", "gpu"]
     kernels = ["-k", "many_rows"] if tiny else ["-m", "not gpu and not soak"]
-    loss, step = [python, "-m", "benchmarks.loss"], [python, "-m", "benchmarks.step"]
+    loss, step, profile = ([python, "-m", f"benchmarks.{name}"] for name in ("loss", "step", "parts"))
+    profile += ["--out", str(out), "--model", *(("smollm2-135m", "--steps", "1") if tiny else ("llama-3.2-1b",))]
     if tiny:
         loss += ["--device", "cpu", "--shapes", "tiny", "--only", "chunked", "eager", "--rounds", "1"]
         step += ["--device", "cpu", "--contestants", "exact", "--batch", "1", "--steps", "2", "--rounds", "1"]
@@ -108,7 +109,6 @@ def parts(out: Path, tiny: bool, model: Path | None = None, torch: str = "") -> 
         loss += ["--device", "cuda", "--minutes", "{minutes}"]
         step += ["--device", "cuda", "--models", "smollm2-135m", "gemma-3-270m", "llama-3.2-1b", "llama-3.1-8b"]
     step += ["--minutes", "{minutes}", "--out", str(out)] + (["--model-path", str(model)] if model else [])
-    no_step = "" if (ROOT / "benchmarks" / "step.py").is_file() else "benchmarks/step.py is not there"
     # in the checkout: nothing of the machine's Python is written to, and all parts import from here
     settings = ["env", "TRACT_FAST_REQUIRE_EXT=1", f"TRACT_FAST_TORCH={torch}"]
     compile_here = [*settings, python, "setup.py", "-q", "build_ext", "--inplace"]
@@ -118,7 +118,8 @@ def parts(out: Path, tiny: bool, model: Path | None = None, torch: str = "") -> 
         Part("doctor", doctor, 1.5),
         Part("tests", [*pytest, *marked, "tests/test_gpu.py", "tests/loss"], 3, untested),
         Part("loss", [*loss, "--out", str(out)], 3),
-        Part("step", step, 3.5, no_step),
+        Part("step", step, 3.5),
+        Part("parts", profile, 0.8),
         # the rest of the loss's tests compile most kernels, and come last for it
         Part("kernels", [*pytest, *kernels, "tests/loss/test_implementations.py"], 1.5, untested),
     ]

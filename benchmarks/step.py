@@ -103,7 +103,7 @@ def row_of(name: str, model: str, found: list[dict[str, Any]], peak: float) -> d
         "model": model,
         "contestant": name,
         "sequences": found[0]["sequences"],
-        "tokens": round(found[0]["tokens"]),
+        "tokens": found[0]["tokens"],
         "seconds": seconds,
         "samples_per_second": found[0]["sequences"] / seconds,
         "tokens_per_second": found[0]["tokens"] / seconds,
@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contestants", nargs="+", default=list(trainers.CONTESTANTS), choices=trainers.CONTESTANTS)
     parser.add_argument("--data", type=Path, help="judgements, as for data.train; only with real weights")
     parser.add_argument("--model-path", help="of smollm2-135m: a folder or a .gguf file")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="bfloat16 where the processor is fast at it")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="what must be here; the run takes CUDA where it is")
     parser.add_argument("--batch", type=int, default=4, help="prompts of a step")
     parser.add_argument("--steps", type=int, default=4, help="of a contestant a round; the first warms up")
@@ -251,6 +251,7 @@ def main() -> None:
     device = shard.local_device()
     if args.device and args.device != device.type:
         raise SystemExit(f"--device {args.device}: this machine has {device.type}")
+    args.dtype = args.dtype or ("float32" if perf.slow_bfloat16(device) else "bfloat16")
     peak, source = bare_rate(device, getattr(torch, args.dtype))
     rows = [row for model in args.models for row in measure(args, model, device, peak, end)]
     about = {"device": doctor.describe_device(device), **doctor.versions(("trl", "accelerate"))}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +28,8 @@ def only(monkeypatch):
     return chosen
 
 
-def test_says_what_runs_and_why(capsys):
+def test_says_what_runs_and_why(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert __version__ in printed and torch.__version__.split("+")[0] in printed
@@ -44,7 +43,7 @@ def test_says_what_runs_and_why(capsys):
         for dtype in ("float32", "bfloat16"):
             assert "right; " in printed.split("self-test")[1].split(f"{part}, {dtype}")[1].splitlines()[0]
     assert "wrong: nothing" in printed and "FAILS" not in printed
-    assert not glob.glob(os.path.join(tempfile.gettempdir(), "tract-fast-doctor-*")), "its folder is gone"
+    assert not list(tmp_path.glob("tract-fast-doctor-*")), "its folder is gone"
 
 
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
@@ -120,8 +119,8 @@ def test_finds_a_wrong_attention(monkeypatch, capsys, only):
         ("infinite", "WRONG; the loss of a step is inf"),
     ],
 )
-def test_finds_a_wrong_save(monkeypatch, capsys, only, fault, told):
-
+def test_finds_a_wrong_save(monkeypatch, capsys, tmp_path, only, fault, told):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     real = shards.write
 
     def write(file, parts):
@@ -139,7 +138,7 @@ def test_finds_a_wrong_save(monkeypatch, capsys, only, fault, told):
         monkeypatch.setattr(selftest, "take_step", lambda *args: taken(*args) + float("inf"))
     assert main(["doctor"]) == 1
     assert told in capsys.readouterr().out
-    assert not glob.glob(os.path.join(tempfile.gettempdir(), "tract-fast-doctor-*"))
+    assert not list(tmp_path.glob("tract-fast-doctor-*"))
     assert not torch.distributed.is_initialized()
 
 

@@ -246,7 +246,7 @@ def test_a_step_waits_once(device, monkeypatch, tmp_path, gradient):
     recipe = tiny_recipe(tmp_path, **settings)
     with shard.start_ranks() as ranks, train.StopSignal() as stop:
         job = train.assemble(recipe, ranks, prepare(recipe, silent), silent)
-        assert len(train.plan_step(job, 1)[1]) > 1
+        assert len(job.feed.take(1).micro_batches) > 1
         train.train_step(job, 0, stop)  # compiles, and loads libraries, which waits
         if device.type == "cuda":
             micro_batches_do_not_wait(job)
@@ -257,8 +257,7 @@ def test_a_step_waits_once(device, monkeypatch, tmp_path, gradient):
 
 def micro_batches_do_not_wait(job: train.Job) -> None:
     """Forward and backward raise where something waits."""
-    examples, micro_batches, norm = train.plan_step(job, 1)
-    batches = [train.collate(job, [examples[i] for i in chosen], norm) for chosen in micro_batches]
+    batches = job.feed.take(1).micro_batches
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
