@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings as hypothesis_settings, strategies as st
@@ -393,3 +394,12 @@ def test_loading_needs_no_torch(tmp_path):
         "assert not {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules), sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.yaml")], check=True)
+
+
+def test_the_readme_holds_every_setting(tmp_path):
+    """Its recipe in full is what a run writes, comments and all."""
+    readme = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+    text = readme.partition("## The recipe in full")[2].partition("```yaml\n")[2].partition("```")[0]
+    file = tmp_path / "r.yaml"
+    file.write_text(text, encoding="utf-8")
+    assert recipes.dump(recipes.load(file, [])).strip() == text.strip()

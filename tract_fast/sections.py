@@ -177,7 +177,12 @@ class Loss:
             not sampled or self.implementation in ("auto", "chunked"), "loss.implementation", self.implementation, rule
         )
         _require(sampled or self.eps is None, "loss.eps", self.eps, "must be null without loss.gradient: sampled")
-        _require(self.eps is None or 2.0**-20 <= self.eps <= 1, "loss.eps", self.eps, "must be from 1e-6 to 1, or null")
+        _require(
+            self.eps is None or 2.0**-20 <= self.eps <= 1,
+            "loss.eps",
+            self.eps,
+            "must be from 2^-20 (9.6e-7) to 1, or null",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
