@@ -22,7 +22,7 @@ from tract_fast.estimate import Target
 from tract_fast.ledger import ACTIVATIONS, Ledger
 from tract_fast.prepare import prepare
 
-TOLERANCE = 0.1  # docs/plan.md shows that they are nearer
+TOLERANCE = 0.05  # 10% is promised, and docs/plan.md shows that they are nearer
 ON_GPU = Target(device=torch.device("cuda"), world=1, gpu=None, here=False)
 
 
@@ -51,7 +51,7 @@ def test_predicted_is_measured(name, tmp_path):
     mode = "full" if recipe.train.activation_checkpointing in ("none", "selective") else "none"
     other = replace(recipe, train=replace(recipe.train, activation_checkpointing=mode))
     wrong, _, _ = dynamic(other, data, CASES[name][3])
-    assert abs(wrong - measured["peak"]) > TOLERANCE * measured["peak"]
+    assert abs(wrong - measured["peak"]) > 2 * TOLERANCE * measured["peak"]
 
 
 @given(st.lists(st.tuples(st.integers(0, 400), st.booleans()), max_size=40))
