@@ -107,7 +107,8 @@ def parts(out: Path, tiny: bool, model: Path | None = None, torch: str = "") -> 
         step += ["--device", "cpu", "--contestants", "exact", "--batch", "1", "--steps", "2", "--rounds", "1"]
     else:
         loss += ["--device", "cuda", "--minutes", "{minutes}"]
-        step += ["--device", "cuda", "--models", "smollm2-135m", "gemma-3-270m", "llama-3.2-1b", "llama-3.1-8b"]
+        step += ["--device", "cuda", "--models", "smollm2-135m", "llama-3.2-1b", "--rounds", "1"]
+        step += ["--contestants", "hf", "hf-liger", "exact", "shared"]
     step += ["--minutes", "{minutes}", "--out", str(out)] + (["--model-path", str(model)] if model else [])
     # in the checkout: nothing of the machine's Python is written to, and all parts import from here
     settings = ["env", "TRACT_FAST_REQUIRE_EXT=1", f"TRACT_FAST_TORCH={torch}"]
@@ -118,7 +119,7 @@ def parts(out: Path, tiny: bool, model: Path | None = None, torch: str = "") -> 
         Part("doctor", doctor, 1.5),
         Part("tests", [*pytest, *marked, "tests/test_gpu.py", "tests/loss"], 3, untested),
         Part("loss", [*loss, "--out", str(out)], 3),
-        Part("step", step, 3.5),
+        Part("step", step, 5),
         Part("parts", profile, 0.8),
         # the rest of the loss's tests compile most kernels, and come last for it
         Part("kernels", [*pytest, *kernels, "tests/loss/test_implementations.py"], 1.5, untested),

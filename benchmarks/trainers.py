@@ -2,7 +2,9 @@
 
 All train the same model on the same sequences in the same order, with float32 masters, computation in bfloat16, fused
 AdamW, a constant learning rate and gradients clipped at norm 1. ``hf`` and ``hf-liger`` hold the TRACT loss as one
-would write it beside Hugging Face's Trainer; ``trl`` trains on the cross-entropy alone, which is all it has.
+would write it beside Hugging Face's Trainer; ``trl`` trains on the cross-entropy alone, which is all it has. These
+three are as they come: padded batches, scaled_dot_product_attention with a mask. What they gain from unpadded batches
+and flash-attn, where one sets that up, is not measured.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ class Problem:
     data: Prepared
     device: torch.device
     steps: int
+    begin: Callable[[], None] = lambda: None
+    """Called when all is built, before the first step."""
 
     def examples(self) -> list[Encoded]:
         return chosen(self.data.train, 1)[: self.steps * self.recipe.train.batch]
@@ -79,6 +83,7 @@ def tract(
         job = train.assemble(recipe, ranks, replace(problem.data, train=examples), lambda line: None)
         if siblings > 1 and job.sharing.share is None:
             raise DoesNotRun(job.sharing.line)
+        problem.begin()
         began = time.perf_counter()
         for step in range(problem.steps):
             record = train.train_step(job, step, stop)
@@ -155,9 +160,7 @@ def liger_loss(lm, batch: dict[str, Tensor], scale) -> Tensor:
     """The same with Liger's fused linear cross-entropy, which needs the hidden states of all tokens."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    hidden = lm.get_decoder()(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
+    hidden = hidden_of(lm, batch)
     weight = lm.get_output_embeddings().weight.to(hidden.dtype)
     ce = LigerFusedLinearCrossEntropyLoss()(
         weight, hidden[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten().contiguous()
@@ -214,6 +217,7 @@ def watched(trainer, problem: Problem, work: perf.Work | None) -> Iterator[Taken
             ends.append(time.perf_counter())
 
     trainer.add_callback(Clock())
+    problem.begin()
     trainer.train()
     examples, batch = problem.examples(), problem.recipe.train.batch
     for step, (loss, tokens) in enumerate(seen):
@@ -243,6 +247,13 @@ def hugging_face(problem: Problem, *, liger: bool = False) -> Iterator[Taken]:
         model=lm, args=TrainingArguments(**options, **kernels), train_dataset=rows, data_collator=padded
     )
     yield from watched(trainer, problem, work)
+
+
+def hidden_of(lm, batch: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Last hidden states in ``dtype``: the Trainer's autocast covers the call of the whole model alone."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.autocast(batch["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
+        return lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 def refuse_without_liger(device: torch.device) -> None:

@@ -9,6 +9,8 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import torch
+
 from tract_fast.data.batch import Batch, collate, normalizer
 from tract_fast.data.prompt import Encoded
 from tract_fast.perf import Work
@@ -46,12 +48,14 @@ class Feed:
         self.ahead = None
         if step + 1 < self.total:
             self.ahead = step + 1, Future()
-            # a daemon: a process that ends does not wait for a step that nobody will take
-            threading.Thread(target=self._fulfil, args=self.ahead, name="feed", daemon=True).start()
+            # no daemon, which ends a process that leaves meanwhile by abort: ``threads.leave`` does not wait for it
+            threading.Thread(target=self._fulfil, args=self.ahead, name="feed").start()
         return found
 
     def _fulfil(self, step: int, future: Future[Step]) -> None:
         try:
+            if self.ranks.device.type == "cuda":  # a thread of its own has the first GPU for its own
+                torch.cuda.set_device(self.ranks.device)
             future.set_result(self._make(step))
         except BaseException as error:  # of a thread: raised by the step that takes it
             future.set_exception(error)

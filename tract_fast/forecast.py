@@ -83,10 +83,12 @@ def sizes_of(model: TractModel, recipe: Recipe, config) -> Sizes:
     )
 
 
-def recomputed(setting: str) -> float:
+def recomputed(setting: str, blocks: int) -> float:
     """The share of the blocks whose forward runs again in backward (``train.activation_checkpointing``): of all, of
-    every k-th; ``selective`` keeps what the time goes into."""
-    return {"none": 0.0, "selective": 0.0, "full": 1.0}.get(setting) or (1 / int(setting) if setting.isdigit() else 0.0)
+    every k-th, the first among them; ``selective`` keeps what the time goes into."""
+    if setting.isdigit():
+        return len(range(0, blocks, int(setting))) / blocks
+    return 1.0 if setting == "full" else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +101,9 @@ class Flops:
     """Of the rank that has the most in each micro-batch, with what is computed again."""
 
 
-def flops_of(work: Work, recipe: Recipe, step: StepPlan) -> Flops:
+def flops_of(work: Work, blocks: int, recipe: Recipe, step: StepPlan) -> Flops:
     """From the micro-batches themselves; in each, ranks wait for the one that has the most to do."""
-    again = recomputed(recipe.train.activation_checkpointing)
+    again = recomputed(recipe.train.activation_checkpointing, blocks)
     model = slowest = 0.0
     for ranks in step.packed:
         for at_once in itertools.zip_longest(*ranks):

@@ -113,11 +113,9 @@ def described(target: Target) -> str:
 
 def room(target: Target) -> int | None:
     """Bytes of memory of one GPU; None where that is not known."""
-    if target.gpu and target.gpu.memory:
-        return int(target.gpu.memory)
     if target.device.type == "cuda" and target.here:
         return torch.cuda.get_device_properties(target.device).total_memory
-    return None
+    return int(target.gpu.memory) if target.gpu and target.gpu.memory else None
 
 
 def about_memory(plan: Plan, found: Memory) -> Iterator[str]:
@@ -187,7 +185,7 @@ def about_time(plan: Plan) -> Iterator[str]:
     if sizes.work is None:
         yield "arithmetic is not known for this architecture, whose blocks hold weights outside of linear layers"
         return
-    flops = forecast.flops_of(sizes.work, recipe, plan.step)
+    flops = forecast.flops_of(sizes.work, sizes.blocks, recipe, plan.step)
     yield (
         f"a step: {plan.step.tokens_per_step:,.0f} tokens, {flops.model / 1e12:,.2f} TFLOP of the model, "
         f"{flops.slowest / 1e12:,.2f} on the slowest rank with what is computed again; a rank receives "
