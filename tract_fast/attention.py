@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from tract_fast.data.batch import Batch
 from tract_fast.errors import UserError
@@ -152,7 +151,7 @@ def document_attention(
     kernel: Callable[..., Tensor] = scaled_dot_product_attention,
     **unused,
 ) -> tuple[Tensor, None]:
-    """One attention call per document, or per few of them; returns (1, T, H, D). On CUDA it waits for the lengths."""
+    """One attention call per document, or per few siblings; returns (1, T, H, D). On CUDA it waits for the lengths."""
     _refuse(attention_mask, unused)
     lengths_q, lengths_k = (cu.diff().tolist() for cu in (cu_seq_lens_q, cu_seq_lens_k))
     calls = [([n_q], n_k - n_q) for n_q, n_k in zip(lengths_q, lengths_k, strict=True)]
@@ -162,44 +161,11 @@ def document_attention(
         key, value = (gather_rows(x[0].transpose(0, 1), index).transpose(0, 1)[None] for x in (key, value))
     queries = query.split([sum(parts) for parts, _ in calls], 2)
     keys, values = (x.split([before + sum(parts) for parts, before in calls], 2) for x in (key, value))
-    out: dict[int, Tensor] = {}
-    threads = 1 if query.is_cuda else torch.get_num_threads()
-    plain = [i for i, (parts, before) in enumerate(calls) if not softcap and _is_causal(parts, before, sliding_window)]
-    for group in _groups({i: sum(calls[i][0]) for i in plain}, query.shape[1], threads):
-        longest = queries[group[0]].shape[2]
-        padded = (
-            torch.cat([pad(x[i], (0, 0, 0, longest - x[i].shape[2])) for i in group]) for x in (queries, keys, values)
-        )  # (documents, heads, longest, D)
-        found = _one_call(*padded, [longest], 0, scaling, None, None, kernel)
-        out |= {i: found[n : n + 1, :, : queries[i].shape[2]] for n, i in enumerate(group)}
-    for i, (q, k, v, call) in enumerate(zip(queries, keys, values, calls, strict=True)):
-        if i not in out:
-            out[i] = _one_call(q, k, v, *call, scaling, sliding_window, softcap, kernel)
-    return torch.cat([out[i] for i in range(len(calls))], dim=2).transpose(1, 2), None
-
-
-def _is_causal(parts: list[int], before: int, window: int | None) -> bool:
-    """Whether a call needs no mask but the triangle."""
-    return not before and not (window is not None and max(parts) > window)
-
-
-def _groups(lengths: dict[int, int], heads: int, threads: int) -> list[list[int]]:
-    """Documents (number -> tokens) that are one call, padded to the first, in groups of two or more.
-
-    The backward pass of PyTorch's attention on a CPU gives each thread whole heads of a document: with 9 of them two
-    threads take as long as with 10, and two documents in one call as long as 9. What padding costs is weighed against
-    that; where the heads divide evenly nothing is gained and nothing is padded.
-    """
-    cost = lambda documents, longest: math.ceil(documents * heads / threads) * longest**2  # noqa: E731
-    groups: list[list[int]] = []
-    for i in sorted(lengths, key=lambda i: -lengths[i]):
-        longest = lengths[groups[-1][0]] if groups else 0
-        size = len(groups[-1]) if groups else 0
-        if groups and cost(size + 1, longest) < cost(size, longest) + cost(1, lengths[i]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return [group for group in groups if len(group) > 1]
+    out = [
+        _one_call(q, k, v, *call, scaling, sliding_window, softcap, kernel)
+        for q, k, v, call in zip(queries, keys, values, calls, strict=True)
+    ]
+    return torch.cat(out, dim=2).transpose(1, 2), None
 
 
 def _join_siblings(calls: list[tuple[list[int], int]], key_index: Tensor) -> tuple[list[tuple[list[int], int]], Tensor]:
@@ -238,9 +204,9 @@ def _one_call(
 ) -> Tensor:
     """Attention of siblings with ``parts`` tokens each to the ``before`` tokens before them all and to their own."""
     gqa = q.shape[1] != k.shape[1]
-    if not cap and _is_causal(parts, before, window):
-        return kernel(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     windowed = window is not None and before + max(parts) > window
+    if not cap and not windowed and not before:
+        return kernel(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
     visible = _visible(parts, before, window if windowed else None, q.device)
     if not cap:
         return kernel(q, k, v, attn_mask=visible, scale=scale, enable_gqa=gqa)
