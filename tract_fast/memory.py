@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,11 +41,13 @@ def watched(recipe: Recipe, data: Prepared, world: int, model: nn.Module, optimi
         held = ", ".join(f"{what} {size / GIB:.2f} GiB" for what, size in holdings(model, optimizer).items())
         told = [f"out of memory {doing} ({asked}); held: {held}"]
         told += [write_snapshot(Path(recipe.run.dir))] if recipe.run.memory_snapshot else []
+        print(f"{'; '.join(told)}; looking for what would help", file=sys.stderr, flush=True)
+        traceback.clear_frames(error.__traceback__)  # what the step held is not needed to look for it
         raise RunStopped("; ".join([*told, advice(recipe, data, world)])) from error
 
 
 def advice(recipe: Recipe, data: Prepared, world: int) -> str:
-    """``remedies`` of a run that has used up its memory: to find them takes a little."""
+    """``remedies`` of a run that has used up its memory; tracing a step for each takes a while for a large model."""
     try:
         return remedies(recipe, data, estimate.this_machine(world))
     except Untraceable as error:
