@@ -250,10 +250,11 @@ def hugging_face(problem: Problem, *, liger: bool = False) -> Iterator[Taken]:
 
 
 def hidden_of(lm, batch: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Last hidden states in ``dtype``: the Trainer's autocast covers the call of the whole model alone."""
+    """Last hidden states in ``dtype``, in which the head would take them: the Trainer's autocast covers the call of the
+    whole model alone."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.autocast(batch["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
-        return lm.get_decoder()(**inputs, use_cache=False).last_hidden_state
+        return lm.get_decoder()(**inputs, use_cache=False).last_hidden_state.to(dtype)
 
 
 def refuse_without_liger(device: torch.device) -> None:
