@@ -6,7 +6,8 @@
 Every number that a benchmark's JSON has as a ratio is compared: ``ratio``, ``ratio_*`` and ``*to_*`` are costs, where
 less is better; ``*_ratio`` is a gain over something else, where more is. Rows are the same where their strings and
 whole numbers are (model, contestant, shape, ...). Worse by more than ``--tolerance`` (15%) is told and gives exit code
-1; where a row's own rounds are further apart, half their range is what is tolerated. Peers are shown and never flagged.
+1; where a row's own rounds are further apart, half their range is what is tolerated. Peers are shown and never flagged;
+rows of ours that the new run lacks are told, and one that failed gives exit code 1.
 Of several committed folders with the same device line the one whose bare matrix products took the most similar time is
 meant.
 """
@@ -64,7 +65,7 @@ class Change(NamedTuple):
 
     @property
     def told(self) -> str:
-        word = "worse" if self.worse > 0 else "better"
+        word = "same" if self.worse == 0 else "better" if self.worse < 0 else "worse"
         return f"{self.old:8.3f} {self.new:8.3f} {abs(self.worse):7.1%} {word:6}  {', '.join(self.key[1:])}"
 
 
@@ -136,7 +137,7 @@ def files(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
 
 def committed(new: Path, results: Path = RESULTS) -> Path | None:
     """The folder of committed results for the device of ``new``; None where there is none."""
-    measured = {path.name: json.loads(path.read_text()) for path in new.glob("*.json")}
+    measured = {path.name: json.loads(path.read_text()) for path in ([new] if new.is_file() else new.glob("*.json"))}
     fits: list[tuple[int, float, Path]] = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         same, apart = 0, 0.0
@@ -161,6 +162,12 @@ def bare_time(old: Mapping[str, Any], new: Mapping[str, Any]) -> float:
     return times[0][both[0]] / times[1][both[0]] if both else 1.0
 
 
+def failures(found: Mapping[str, Any]) -> list[str]:
+    """What to say of our own contestants that did not run."""
+    rows = [row for rows in found.values() if isinstance(rows, list) for row in rows if "not_run" in row]
+    return [f"{row['contestant']}: {row['not_run']}" for row in rows if row.get("contestant") in OURS]
+
+
 def show(old: Path, new: Path, tolerance: float) -> list[Change]:
     """Print one pair of files; returns the changes."""
     before, after = (ratios(json.loads(path.read_text())) for path in (old, new))
@@ -181,6 +188,9 @@ def main() -> int:
     parser.add_argument("new", type=Path, nargs="?", help="file or folder")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="share by which a ratio may be worse; 0.15")
     args = parser.parse_args()
+    for path in filter(None, (args.old, args.new)):
+        if not path.exists():
+            parser.error(f"{path}: there is no such file or folder")
     old, new = (args.old, args.new) if args.new else (committed(args.old), args.old)
     if old is None:
         print(
@@ -188,15 +198,17 @@ def main() -> int:
             f"  cp -r {new} {RESULTS}/NAME-OF-THE-DEVICE && git add {RESULTS}"
         )
         return 0
-    changes = [change for pair in files(old, new) for change in show(*pair, args.tolerance)]
+    pairs = list(files(old, new))
+    changes = [change for pair in pairs for change in show(*pair, args.tolerance)]
+    broken = [told for _, path in pairs for told in failures(json.loads(path.read_text()))]
     if not changes:
         raise SystemExit(f"{old} and {new} have no ratio in common: nothing was compared")
     worse = [c for c in changes if c.flagged]
     better = sum(c.worse < -c.tolerated for c in changes)
-    print(f"{len(changes)} ratios compared: {len(worse)} worse, {better} better, the others within what is tolerated")
-    for c in worse:
-        print(f"  {c.told}")
-    return int(bool(worse))
+    print(f"{len(changes)} ratios compared: {len(worse)} worse, {better} better; peers are shown and not judged")
+    for told in [c.told for c in worse] + broken:
+        print(f"  {told}")
+    return int(bool(worse or broken))
 
 
 if __name__ == "__main__":

@@ -210,9 +210,15 @@ def main() -> int:
     if not found.get("gpu") and not args.rehearse:
         why = found.get("error") or f"torch {found['torch']} finds none"
         there = Path("/dev/nvidia0").exists()
-        what = "there is a GPU that torch cannot use" if there else "no GPU here"
+        what = (
+            "there is a GPU that torch cannot use"
+            if there
+            else "no GPU is found"
+            if "error" in found
+            else "no GPU here"
+        )
         print(f"make gpu: {what} ({why}), so nothing is run; {sys.executable} is asked (PYTHON=... for another)")
-        return int(there)
+        return int(there or "error" in found)
     name = "rehearsal" if args.rehearse else slug(found["gpu"])
     folder = Path(tempfile.mkdtemp(prefix="tract-fast-gpu-")) if args.rehearse else ROOT / "benchmarks/results" / name
     out = (args.out or folder).resolve()

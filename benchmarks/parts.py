@@ -161,6 +161,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args, settings = parser.parse_known_args()
+    if args.steps < 1:
+        raise SystemExit(f"--steps {args.steps}: must be 1 or more")
     if (args.recipe is None) is (args.model is None):
         raise SystemExit("give a recipe, or --model")
     with tempfile.TemporaryDirectory() as scratch, shard.start_ranks() as ranks:

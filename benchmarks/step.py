@@ -257,6 +257,8 @@ def main() -> None:
     if args.child:
         print(json.dumps(child(args.child)))
         return
+    if min(args.steps, args.rounds, args.batch) < 1:
+        raise SystemExit("--steps, --rounds and --batch must be 1 or more")
     end = time.monotonic() + 60 * args.minutes
     device = shard.local_device()
     if args.device and args.device != device.type:

@@ -136,6 +136,18 @@ def test_the_command(monkeypatch, tmp_path, capsys):
         run(monkeypatch, old, new)
 
 
+def test_what_did_not_run_or_is_not_there(monkeypatch, tmp_path, capsys):
+    old, new = tmp_path / "old.json", tmp_path / "new.json"
+    old.write_text(json.dumps(STEP))
+    new.write_text(json.dumps(STEP | {"rows": [*STEP["rows"], {"contestant": "shared", "not_run": "failed: x"}]}))
+    assert run(monkeypatch, old, new) == 1
+    assert "shared: failed: x" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        run(monkeypatch, old, tmp_path / "nowhere")
+    assert caught.value.code == 2 and "no such file or folder" in capsys.readouterr().err
+    assert compare.committed(RESULTS / "cpu-avx2-2-cores" / "loss.json").name == "cpu-avx2-2-cores"
+
+
 def test_the_committed_folder_of_the_same_device(monkeypatch, tmp_path, capsys):
     """By the device line; of two machines of one kind by how long the bare products take."""
     for name in ("cpu-avx512-2-cores", "cpu-avx512-fast-2-cores", "cpu-avx2-2-cores"):

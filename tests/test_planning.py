@@ -292,3 +292,11 @@ def test_help_needs_no_torch():
 def test_blocks_that_are_computed_again(setting, share):
     """As ``recompute`` chooses them: the first of every k."""
     assert forecast.recomputed(setting, 30) == pytest.approx(share)
+
+
+def test_ranks_without_work_are_told(tmp_path, capsys):
+    recipe = tiny_recipe(tmp_path, model__dtype="bfloat16")
+    text = printed(capsys, tmp_path, recipe, "--gpus", "6", "--gpu", "h100-80gb", "--train.batch", "4")
+    assert "2 of 6 ranks have nothing to do: raise train.batch" in text
+    text = printed(capsys, tmp_path, recipe, "--gpus", "4", "--gpu", "h100-80gb", "--train.batch", "4")
+    assert "nothing to do" not in text

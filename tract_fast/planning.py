@@ -87,11 +87,13 @@ def plan_of(recipe: Recipe, data: Prepared, target: Target, mfu: float) -> Plan:
 def header(plan: Plan) -> str:
     """Machine, model and steps."""
     recipe, sizes, place = plan.recipe, plan.sizes, plan.place
+    idle = plan.target.world - min(recipe.train.batch, len(plan.data.train))
+    unused = f"\n{idle} of {plan.target.world} ranks have nothing to do: raise train.batch" if idle > 0 else ""
     return (
         f"{described(plan.target)}; attention {place.attention}, loss {place.loss}\n"
         f"{recipe.model.path}: {sizes.weights / 1e6:,.1f}M weights, {sizes.trained / 1e6:,.2f}M of them trained, "
         f"computed in {recipe.model.dtype}\n"
-        f"{estimate.describe_steps(recipe, plan.data, plan.step)}\n{plan.sharing.line}"
+        f"{estimate.describe_steps(recipe, plan.data, plan.step)}\n{plan.sharing.line}{unused}"
     )
 
 
@@ -106,7 +108,8 @@ def target_of(recipe: Recipe, gpu: str | None, count: int | None) -> Target:
 def described(target: Target) -> str:
     """What the plan is for."""
     if target.device.type == "cpu":
-        return f"a CPU with {target.world} ranks: no GPU is here; name one with --gpu, such as --gpu h100-80gb"
+        ranks = f"{target.world} rank{'s' if target.world > 1 else ''}"
+        return f"a CPU with {ranks}: no GPU is here; name one with --gpu, such as --gpu h100-80gb"
     name = target.gpu.name if target.gpu and target.gpu.name else "GPU of unknown kind (name one with --gpu)"
     return f"{target.world} x {name}{' (here)' if target.here else ''}"
 
@@ -139,7 +142,7 @@ def about_memory(plan: Plan, found: Memory) -> Iterator[str]:
         longest = max(len(e.ids) for e in [*data.train, *data.held_out])
         yield f"not even the longest example fits by itself (train.max_tokens {longest})"
     else:
-        rest = ": a rank's whole step in one micro-batch" if whole else ""
+        rest = ", a rank's whole step in one micro-batch: more changes nothing" if whole else ""
         yield f"largest micro-batch that fits: train.max_tokens {most}{rest}"
     if not fits:
         yield memory.remedies(recipe, data, target)

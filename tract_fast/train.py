@@ -208,7 +208,8 @@ def loop(job: Job, done: int) -> int:
         if not shard.all_sum(torch.tensor(float(seen), device=ranks.device)).item():
             stopping = evaluate_if_due(job, done, out, stop)
             if stopping:
-                out.say(f"stopped before step {done + 1}; the same command goes on from here")
+                rest = "goes on from here" if done else "begins again: nothing was trained yet"
+                out.say(f"stopped before step {done + 1}; the same command {rest}")
                 return stopping
         if done >= job.total:
             out.say(f"nothing to do: {done} steps are done; raise train.max_steps or train.epochs to go on")
