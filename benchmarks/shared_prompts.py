@@ -12,12 +12,9 @@ shared-prompts.png.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import random
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.peak import PeakMemory
 from tract_fast import doctor, recipe as recipes, shard, train
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
@@ -63,34 +61,6 @@ def step(job: train.Job, examples: list[Encoded], shared: bool) -> tuple[float, 
     return *seconds, batch.input_ids.shape[1]
 
 
-class PeakMemory:
-    """``bytes``: the most memory inside the block beyond what was in use at its start (resident memory on a CPU)."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-
-    def __enter__(self) -> PeakMemory:
-        gc.collect()
-        if sys.platform == "linux":
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed is given back, or it would not be counted
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            self.before = _status("VmRSS")
-        return self
-
-    def __exit__(self, *exc) -> None:
-        cuda = self.device.type == "cuda"
-        self.bytes = (torch.cuda.max_memory_allocated(self.device) if cuda else _status("VmHWM")) - self.before
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
-
-
 def measure(job: train.Job, groups: list[list[Encoded]], k: int, rounds: int) -> dict[str, Any]:
     """One row of the table."""
     examples = [e for group in groups for e in group[:k]]
@@ -103,7 +73,7 @@ def measure(job: train.Job, groups: list[list[Encoded]], k: int, rounds: int) ->
                 seconds, cpu_seconds, tokens[share] = step(job, examples, share)
             times[share].append(seconds)
             cpu_times[share].append(cpu_seconds)
-            memory[share] = max(memory.get(share, 0), peak.bytes)
+            memory[share] = max(memory.get(share, 0), peak.above)
     seconds, cpu = ({share: statistics.median(t[1:]) for share, t in found.items()} for found in (times, cpu_times))
     row = {"k": k, "sequences": len(examples), "tokens_unshared": tokens[False], "tokens_shared": tokens[True]}
     row |= {"seconds_unshared": seconds[False], "seconds_shared": seconds[True]}
