@@ -177,7 +177,9 @@ def main() -> None:
         seconds, wall = record(job, args.steps)
     rows = rows_of(seconds, wall, args.steps)
     about = {"device": doctor.describe_device(ranks.device), **doctor.versions(), "step_seconds": wall / args.steps}
-    about |= {"recipe": recipes.as_dict(recipe), "random": args.model is not None}
+    settings = recipes.as_dict(recipe)
+    settings["data"]["train"] = Path(recipe.data.train).name  # where it lies says nothing to others
+    about |= {"recipe": settings, "random": args.model is not None}
     name = f"parts-{args.model}" if args.model else "parts"
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{name}.json").write_text(json.dumps({"versions": about, "rows": rows}, indent=1) + "\n")

@@ -26,6 +26,7 @@ from benchmarks.peak import PeakMemory
 from tract_fast import doctor, recipe as recipes, shard, train
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
+from tract_fast.feed import normalizer_of
 from tract_fast.prepare import prepare
 from tract_fast.shard import Ranks
 
@@ -45,8 +46,7 @@ def step(job: train.Job, examples: list[Encoded], shared: bool) -> tuple[float, 
     """(seconds, processor seconds, tokens computed) of one optimizer step on ``examples`` in one micro-batch."""
     begin, begin_cpu = time.perf_counter(), time.process_time()
     loss, device = job.recipe.loss, job.ranks.device
-    names = ("ce_weight", "regression_weight", "score_ce", "ce_reduction")
-    norm = batches.normalizer(examples, **{name: getattr(loss, name) for name in names})
+    norm = normalizer_of(loss, examples)
     batch = batches.collate(examples, norm, score_ce=loss.score_ce, share=job.sharing.share if shared else None).to(
         device
     )

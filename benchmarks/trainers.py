@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -156,11 +157,11 @@ def squared_error(logits: Tensor, scores: Tensor, scale) -> Tensor:
     return (expected - scores).square().mean()
 
 
-def liger_loss(lm, batch: dict[str, Tensor], scale) -> Tensor:
-    """The same with Liger's fused linear cross-entropy, which needs the hidden states of all tokens."""
+def liger_loss(lm, batch: dict[str, Tensor], scale, dtype: torch.dtype) -> Tensor:
+    """``eager_loss`` in ``dtype`` with Liger's fused linear cross-entropy, which needs all tokens' hidden states."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    hidden = hidden_of(lm, batch)
+    hidden = hidden_of(lm, batch, dtype)
     weight = lm.get_output_embeddings().weight.to(hidden.dtype)
     ce = LigerFusedLinearCrossEntropyLoss()(
         weight, hidden[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten().contiguous()
@@ -231,7 +232,8 @@ def hugging_face(problem: Problem, *, liger: bool = False) -> Iterator[Taken]:
 
     if liger:
         refuse_without_liger(problem.device)
-    scale, loss = problem.data.scale, liger_loss if liger else eager_loss
+    scale = problem.data.scale
+    loss = partial(liger_loss, dtype=models.DTYPES[problem.recipe.model.dtype]) if liger else eager_loss
 
     class TractTrainer(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -249,7 +251,7 @@ def hugging_face(problem: Problem, *, liger: bool = False) -> Iterator[Taken]:
     yield from watched(trainer, problem, work)
 
 
-def hidden_of(lm, batch: dict[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def hidden_of(lm, batch: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Last hidden states in ``dtype``, in which the head would take them: the Trainer's autocast covers the call of the
     whole model alone."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -43,12 +43,13 @@ def test_all_train_alike(tmp_path, rank):
     assert unchanged[2].loss != pytest.approx(reference[2].loss, rel=2e-4), "updates are seen in the losses"
 
 
-def test_hidden_states_for_ligers_loss_are_in_bfloat16(tmp_path):
+def test_hidden_states_for_ligers_loss_are_in_the_runs_dtype(tmp_path):
     """Outside of the call that Trainer's autocast covers."""
     given = problem(tmp_path)
     lm = trainers.load(given)
     rows = [{"ids": e.ids, "prompt_len": e.prompt_len, "score": e.score} for e in given.examples()]
-    assert trainers.hidden_of(lm, trainers.padded(rows)).dtype == torch.bfloat16
+    for dtype in (torch.bfloat16, torch.float32):
+        assert trainers.hidden_of(lm, trainers.padded(rows), dtype).dtype == dtype
     assert lm.get_output_embeddings().weight.dtype == torch.float32
 
 

@@ -6,15 +6,16 @@ What a step holds is a pure function of (recipe, data, step, rank), so making it
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
-from tract_fast.data.batch import Batch, collate, normalizer
+from tract_fast.data.batch import Batch, Normalizer, collate, normalizer
 from tract_fast.data.prompt import Encoded
 from tract_fast.perf import Work
-from tract_fast.recipe import Recipe
+from tract_fast.recipe import Loss, Recipe
 from tract_fast.shard import Ranks
 from tract_fast.sharing import Sharing, plan_step
 
@@ -63,13 +64,7 @@ class Feed:
     def _make(self, step: int) -> Step:
         loss, world = self.recipe.loss, self.ranks.world
         examples, packed = plan_step(self.recipe.train, self.examples, self.sharing, step, world)
-        norm = normalizer(
-            examples,
-            ce_weight=loss.ce_weight,
-            regression_weight=loss.regression_weight,
-            score_ce=loss.score_ce,
-            ce_reduction=loss.ce_reduction,
-        )
+        norm = normalizer_of(loss, examples)
         made, flops = [], 0
         for chosen in packed[self.ranks.rank]:
             members = [examples[i] for i in chosen]
@@ -78,6 +73,17 @@ class Feed:
                 flops += self.work.flops(*segments(batch), len(batch.rows))
             made.append(batch.pinned() if self.ranks.device.type == "cuda" else batch)
         return Step(examples, made, flops)
+
+
+def normalizer_of(loss: Loss, examples: Sequence[Encoded]) -> Normalizer:
+    """The counts of a step that has these sequences over all ranks, as a recipe's section says."""
+    return normalizer(
+        examples,
+        ce_weight=loss.ce_weight,
+        regression_weight=loss.regression_weight,
+        score_ce=loss.score_ce,
+        ce_reduction=loss.ce_reduction,
+    )
 
 
 def segments(batch: Batch) -> tuple[list[int], list[int]]:

@@ -21,6 +21,7 @@ from tract_fast.data.batch import Batch
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.tree import Share
 from tract_fast.errors import UserError
+from tract_fast.feed import normalizer_of
 from tract_fast.ledger import ACTIVATIONS, Ledger
 from tract_fast.loss import footprint
 from tract_fast.loss.chunked import empty_results
@@ -168,10 +169,8 @@ def _plan_loss(model: TractModel, place: Place, ledger: Ledger) -> None:
 
 
 def _collated(recipe: Recipe, examples: Sequence[Encoded], share: Share | None) -> Batch:
-    loss = recipe.loss
-    names = ("ce_weight", "regression_weight", "score_ce", "ce_reduction")
-    norm = batches.normalizer(examples, **{name: getattr(loss, name) for name in names})
-    return batches.collate(examples, norm, score_ce=loss.score_ce, share=share)
+    norm = normalizer_of(recipe.loss, examples)
+    return batches.collate(examples, norm, score_ce=recipe.loss.score_ce, share=share)
 
 
 def _on_meta(batch: Batch, *, keep_lengths: bool) -> Batch:
