@@ -11,6 +11,7 @@ import torch
 from tests.tiny_runs import metrics, tiny_recipe
 from tract_fast import feed, train
 from tract_fast.model import choose_attention
+from tract_fast.perf import Work
 from tract_fast.prepare import prepare
 from tract_fast.shard import Ranks
 from tract_fast.sharing import choose_sharing
@@ -63,6 +64,16 @@ def test_the_next_step_is_made_while_nobody_waits(tmp_path, monkeypatch):
     assert began == [0, 1, 2] and steps.ahead is None, "nothing after the last"
     assert made_by[0] is threading.main_thread() and threading.main_thread() not in made_by[1:]
     assert not any(t.daemon for t in made_by[1:]), "a daemon in native code ends a process that leaves by abort"
+
+
+def test_operations_are_those_of_all_micro_batches(tmp_path):
+    steps = made(tmp_path)
+    steps.work = Work(trained=7, frozen=3, heads=4, windows=(None,), head=11, head_trained=True)
+    step = steps.take(0)
+    assert len(step.micro_batches) > 1
+    lengths = [len(e.ids) for e in step.examples]
+    rows = sum(len(e.ids) - e.prompt_len for e in step.examples)
+    assert step.flops == steps.work.flops(lengths, lengths, rows) > 0
 
 
 def test_another_step_than_the_next_can_be_taken(tmp_path):

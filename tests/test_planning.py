@@ -300,3 +300,9 @@ def test_ranks_without_work_are_told(tmp_path, capsys):
     assert "2 of 6 ranks have nothing to do: raise train.batch" in text
     text = printed(capsys, tmp_path, recipe, "--gpus", "4", "--gpu", "h100-80gb", "--train.batch", "4")
     assert "nothing to do" not in text
+
+
+@pytest.mark.parametrize(("compute", "communication"), [(1.0, 3.0), (3.0, 1.0)])
+def test_communication_and_arithmetic_overlap(compute, communication):
+    each = forecast.StepTime(compute=compute, communication=communication, update=0.5)
+    assert each.total == 3.5
