@@ -24,7 +24,7 @@ import triton  # pip install triton, where torch did not bring it
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tract_fast.loss import fused, sampled, triton_rows, triton_sampled
+from tract_fast.loss import fused, sampled, triton_rows, triton_sampled, triton_weight
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may have
 MATRIX_UNITS = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}  # what a 16-bit tl.dot must become
@@ -71,21 +71,22 @@ def sampled_cases(name: str, dtype: str, flags: dict, vocab: bool, odd: bool):
     drawn = {"OVER": sampled.OVER, "EXTRA": sampled.EXTRA, "STEPS": sampled.STEPS, "SCAN": triton_sampled.SCAN}
     block = {"BLOCK": triton_rows.BLOCK_BYTES // DTYPES[dtype]}
     config = triton.Config(block, **triton_rows.LAUNCH)
-    exact = {"EXACT": dtype != "fp32"}
-    for yes in (True, False):
-        part = {"MAY_BE_LONG": yes}
+    exact = {"EXACT": dtype != "fp32", "FARTHEST": triton_sampled.FARTHEST}
+    proposed = (False, True) if dtype == "bf16" and not odd else (False,)  # what float8 products write
+    for yes, quantized in itertools.product((True, False), proposed):
+        part = {"MAY_BE_LONG": yes, "PROPOSED": quantized}
         yield triton_sampled.draw_kernel, f"{name}, {part}", dtype, shared | drawn | part, config, odd
-        part = {"NEED_DX": yes}
+        part = {"NEED_DX": yes, "PROPOSED": quantized}
         launch = as_config(triton_sampled.SETTLE)
         yield triton_sampled.settle_kernel, f"{name}, {part}", dtype, shared | exact | part, launch, odd
     if vocab or any(flags.values()):
         return  # what follows has no logits
     for yes in (True, False):
         part = {"WRITE": yes}
-        yield triton_sampled.place_kernel, f"{name}, {part}", dtype, part, as_config(triton_sampled.PLACE), odd
+        yield triton_weight.place_kernel, f"{name}, {part}", dtype, part, as_config(triton_weight.PLACE), odd
     for dw, db in ((True, True), (True, False), (False, True)):
         part = {"NEED_DW": dw, "NEED_DB": db}
-        yield triton_sampled.weight_kernel, f"{name}, {part}", dtype, part, as_config(triton_sampled.WEIGHT), odd
+        yield triton_weight.weight_kernel, f"{name}, {part}", dtype, part, as_config(triton_weight.WEIGHT), odd
 
 
 def as_config(launch: dict) -> triton.Config:

@@ -82,6 +82,7 @@ RowPass row_pass_of(const Tensor& logits, const std::optional<Tensor>& bias, con
   p.logits = logits.data_ptr();
   p.n_vocab = n_vocab;
   p.stride = logits.stride(0);
+  p.row_scale = nullptr;
   p.bias = bias.has_value() ? bias->data_ptr() : nullptr;
   p.picked_label = pointer<float>(picked_label);
   p.picked_scores = pointer<float>(picked_scores);
@@ -123,7 +124,8 @@ void check_rows(const Tensor& t, const char* name, const Tensor& logits, int64_t
                   name, " must be (", n, ", D) on the CPU, of the logits' type, the elements of a row side by side");
 }
 
-// Lists of a chunk's rows, and dX (or nothing, where it has no rows) with its spread and norm.
+// Lists of a chunk's rows, and dX (or nothing, where it has no rows) with its spread and norm. Where `weights` has rows,
+// the logits are a proposal, of which `row_scale` is what each row is still to be multiplied with.
 void sampled_rows_op(const Tensor logits, const std::optional<Tensor> bias, const Tensor picked_label,
                      const Tensor picked_scores, const Tensor labels, const Tensor ce, const Tensor score,
                      const Tensor score_target, const Tensor used, const Tensor ids, const Tensor values,
@@ -131,14 +133,21 @@ void sampled_rows_op(const Tensor logits, const std::optional<Tensor> bias, cons
                      double softcap, double logit_scale, bool vocab, const Tensor x, const Tensor weight,
                      const Tensor starts, const Tensor reference, double eps, const Tensor columns,
                      const Tensor entries, const Tensor counts, const Tensor dx, const Tensor spread,
-                     const Tensor norm) {
+                     const Tensor norm, const std::optional<Tensor> row_scale, const Tensor weights) {
   using torch::headeronly::ScalarType;
-  const RowPass p = row_pass_of(logits, bias, picked_label, picked_scores, labels, ce, score, score_target, used, ids,
+  RowPass p = row_pass_of(logits, bias, picked_label, picked_scores, labels, ce, score, score_target, used, ids,
                                 values, nll, lse, expected, mass, probs, softcap, logit_scale, vocab);
   const int64_t n = logits.size(0), most = columns.numel() / std::max<int64_t>(n, 1);
   check_rows(x, "x", logits, n);
   check_rows(weight, "weight", logits, p.n_vocab);
   STD_TORCH_CHECK(x.size(1) == weight.size(1), "x and weight must be of one width");
+  const bool proposed = weights.numel() > 0;
+  if (proposed) check(weights, "weights", ScalarType::Float, 4 * n);
+  if (row_scale.has_value()) {
+    STD_TORCH_CHECK(proposed, "row_scale is of a proposal, whose weights are asked for");
+    check(*row_scale, "row_scale", ScalarType::Float, n);
+    p.row_scale = pointer<float>(*row_scale);
+  }
   check(starts, "starts", ScalarType::Long, n);
   check(reference, "reference", ScalarType::Float, 1);
   check(columns, "columns", ScalarType::Int, n * most);
@@ -156,7 +165,8 @@ void sampled_rows_op(const Tensor logits, const std::optional<Tensor> bias, cons
   const Lists lists{pointer<int32_t>(columns), pointer<int32_t>(counts), pointer<float>(entries), most,
                     pointer<int64_t>(starts), eps, double{*pointer<float>(reference)}};
   const Operands operands{x.data_ptr(), weight.data_ptr(), x.size(1), x.stride(0), weight.stride(0),
-                          wanted ? dx.data_ptr() : nullptr, pointer<float>(spread), pointer<float>(norm)};
+                          wanted ? dx.data_ptr() : nullptr, pointer<float>(spread), pointer<float>(norm),
+                          proposed ? pointer<float>(weights) : nullptr};
   const Variant& variant = chosen();
   const Type type = type_of(logits);
   in_parallel(n, [&](int64_t begin, int64_t end) { sampled_rows(p, lists, operands, variant, type, begin, end); });
@@ -258,7 +268,7 @@ int64_t release_op() {
 std::string variant_op() { return chosen().name; }
 
 // Raised whenever the operators change; tract_fast/loss/native.py expects the same number.
-int64_t abi_op() { return 3; }
+int64_t abi_op() { return 4; }
 
 }  // namespace
 }  // namespace tract_fast
@@ -274,7 +284,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
       "Tensor ce, Tensor score, Tensor score_target, Tensor used, Tensor ids, Tensor values, Tensor(b!) nll, "
       "Tensor(c!) lse, Tensor(d!) expected, Tensor(e!) mass, Tensor(f!) probs, float softcap, float logit_scale, "
       "bool vocab, Tensor x, Tensor weight, Tensor starts, Tensor reference, float eps, Tensor(g!) columns, "
-      "Tensor(h!) entries, Tensor(i!) counts, Tensor(j!) dx, Tensor(k!) spread, Tensor(l!) norm) -> ()");
+      "Tensor(h!) entries, Tensor(i!) counts, Tensor(j!) dx, Tensor(k!) spread, Tensor(l!) norm, Tensor? row_scale, "
+      "Tensor(m!) weights) -> ()");
   m.def(
       "sampled_weight(Tensor columns, Tensor entries, Tensor counts, Tensor x, Tensor scale, Tensor(a!) dw, "
       "Tensor(b!) db, int n_vocab) -> ()");

@@ -27,6 +27,7 @@ struct RowPass {
   void* logits;  // (n, n_vocab) raw, rows `stride` elements apart
   int64_t n_vocab, stride;
   const void* bias;                           // (n_vocab) of the logits' type, or null
+  const float* row_scale;                     // (n): factor of a row's raw logits, > 0 or NaN, or null
   const float *picked_label, *picked_scores;  // (n), (n, n_tokens): raw logits, without bias
   const int64_t* labels;                      // (n): -1 where there is no cross-entropy
   const float *ce, *score, *score_target;     // (n): terms.py

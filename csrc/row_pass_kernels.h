@@ -94,17 +94,21 @@ inline float tanh_positive(float x, float e) {
   return x < 0.625f ? near : far;
 }
 
+inline bool is_plain(const RowPass& p) { return p.bias == nullptr && p.logit_scale == 1.0f && p.softcap == 0.0f; }
+
+inline float factor_of(const RowPass& p, int64_t row) { return p.row_scale == nullptr ? 1.0f : p.row_scale[row]; }
+
 // Capped logits of n <= BLOCK columns into z, -inf where they are taken out; their derivatives into slope, if asked for
-// and there is a cap (it is logit_scale otherwise).
+// and there is a cap (it is logit_scale otherwise). `factor` is the row's.
 template <class T>
-inline void transform(const RowPass& p, const T* raw, int64_t column, int64_t n, float* z, float* slope) {
-  if (p.bias == nullptr && p.logit_scale == 1.0f && p.softcap == 0.0f) {
+inline void transform(const RowPass& p, float factor, const T* raw, int64_t column, int64_t n, float* z, float* slope) {
+  if (is_plain(p)) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) z[i] = is_out(raw[i]) ? NOTHING : widen(raw[i]);
+    for (int64_t i = 0; i < n; ++i) z[i] = is_out(raw[i]) ? NOTHING : widen(raw[i]) * factor;
     return;
   }
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) z[i] = widen(raw[i]);
+  for (int64_t i = 0; i < n; ++i) z[i] = widen(raw[i]) * factor;
   if (p.bias != nullptr) {
     const T* bias = static_cast<const T*>(p.bias) + column;
 #pragma omp simd
@@ -144,10 +148,11 @@ template <class T>
 Sums sums(const RowPass& p, int64_t row, int64_t begin, int64_t end) {
   alignas(64) float z[BLOCK];
   const T* logits = row_of<T>(p, row);
+  const float factor = factor_of(p, row);
   Sums found{-FLT_MAX, 0.0};
   for (int64_t start = begin; start < end; start += BLOCK) {
     const int64_t n = end - start < BLOCK ? end - start : BLOCK;
-    transform(p, logits + start, start, n, z, nullptr);
+    transform(p, factor, logits + start, start, n, z, nullptr);
     float top = found.top;
 #pragma omp simd reduction(max : top)
     for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
@@ -174,7 +179,7 @@ void write(const RowPass& p, const Coefficients& c, int64_t row, int64_t begin, 
     const int64_t n = end - start < BLOCK ? end - start : BLOCK;
     T* out = logits + start;
     float* made = place_for(out, z);
-    transform(p, out, start, n, z, slope);
+    transform(p, 1.0f, out, start, n, z, slope);  // dZ is of exact logits alone
     if (p.softcap == 0.0f) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) made[i] = factor * exp_nonpositive(z[i] - top);

@@ -21,12 +21,14 @@ void prefetch_row(const Operands& o, int64_t column, Type type) {
   for (int64_t byte = 0; byte < o.width * size_of(type); byte += 64) __builtin_prefetch(row + byte);
 }
 
-// A row's columns and their ratios, label and score tokens apart; returns how many.
-int64_t draw_row(const RowPass& p, const Lists& lists, const Coefficients& c, const SampledKernels& s, int64_t row) {
+// A row's columns and their ratios, label and score tokens apart; returns how many. A row without gradient needs none,
+// unless its statistics are to be `corrected` by them.
+int64_t draw_row(const RowPass& p, const Lists& lists, const Coefficients& c, const SampledKernels& s, bool corrected,
+                 int64_t row) {
   const double kappa = std::fabs(c.kappa);
-  if (!(kappa > 0.0 && c.others > 0.0 && std::isfinite(kappa) && std::isfinite(c.lse))) return 0;
+  if (!((kappa > 0.0 || corrected) && c.others > 0.0 && std::isfinite(kappa) && std::isfinite(c.lse))) return 0;
   const int64_t room = lists.most - p.n_tokens - 1;  // the label's is the 1
-  double e = lists.eps * std::min(1.0, lists.reference / kappa);
+  double e = lists.eps * (kappa > lists.reference ? lists.reference / kappa : 1.0);
   const auto shift_of = [&](double threshold) {
     return static_cast<float>(std::round((c.lse + std::log(threshold)) * STEPS) / STEPS);
   };
@@ -44,19 +46,18 @@ int64_t draw_row(const RowPass& p, const Lists& lists, const Coefficients& c, co
 // What the listed columns of a row need of W, from which 16-bit logits are computed again.
 struct Listed {
   std::vector<Capped> at;
-  std::vector<float> squares;  // of rows of W
+  std::vector<double> drawn_on;  // the logits as they were drawn on
+  std::vector<float> squares;    // of rows of W
 };
 
-// Reads the listed rows of W. Returns by how much the sum of exp(z - top) changes where the columns that are listed for
-// certain take their logits computed again: probabilities must be those of one softmax, and these have most of it.
-double reread(const RowPass& p, const Lists& lists, const Operands& o, float top, const Kernels& k,
-              const SampledKernels& s, Type type, int64_t row, int64_t count, Listed& listed) {
+// Reads the listed rows of W. Returns whether logits were computed again.
+bool reread(const RowPass& p, const Lists& lists, const Operands& o, const Kernels& k, const SampledKernels& s, Type type,
+            int64_t row, int64_t count, Listed& listed) {
   const int32_t* columns = lists.columns + row * lists.most;
-  const float* ratios = lists.values + row * lists.most;
   const void* x = row_at(o.x, row, o.x_stride, type);
-  const bool reads_w = o.dx != nullptr || type != Type::float32;
-  double change = 0.0;
+  const bool again = type != Type::float32 || o.weights != nullptr, reads_w = o.dx != nullptr || again;
   listed.at.resize(count);
+  listed.drawn_on.resize(count);
   listed.squares.resize(count);
   for (int64_t i = 0; i < std::min(AHEAD, count) && reads_w; ++i) prefetch_row(o, columns[i], type);
   for (int64_t i = 0; i < count; ++i) {
@@ -65,12 +66,43 @@ double reread(const RowPass& p, const Lists& lists, const Operands& o, float top
     const Products at_w = reads_w ? s.products(x, w, o.width) : Products{};
     listed.squares[i] = at_w.ww;
     listed.at[i] = s.capped_at(p, row, columns[i]);
-    if (type == Type::float32) continue;
-    const double rounded = listed.at[i].z;
-    listed.at[i] = transform(p, k, at_w.xw, columns[i]);
-    if (ratios[i] == 1.0f) change += std::exp(listed.at[i].z - top) - std::exp(rounded - top);
+    listed.drawn_on[i] = listed.at[i].z;
+    if (again) listed.at[i] = transform(p, k, at_w.xw, columns[i]);
   }
-  return change;
+  return again;
+}
+
+// The row's sums with the listed columns' logits computed again: probabilities must be those of one softmax. Those that
+// are listed for certain replace what they were. Of the rest only a sample is known: where it was drawn on a proposal, the
+// rest becomes as much larger as the sample is by its exact logits.
+Sums corrected(Sums sums, const float* ratios, const Listed& listed, bool proposed) {
+  double peak = sums.top, certain = 0.0, was = 0.0, drawn = 0.0, drawn_was = 0.0;
+  for (const Capped& at : listed.at) peak = std::max(peak, at.z);
+  for (size_t i = 0; i < listed.at.size(); ++i) {
+    const double ratio = ratios[i], now = ratio * std::exp(listed.at[i].z - peak),
+                 before = ratio * std::exp(listed.drawn_on[i] - sums.top);
+    (ratio == 1.0 ? certain : drawn) += now;
+    (ratio == 1.0 ? was : drawn_was) += before;
+  }
+  const float top = static_cast<float>(peak);  // the largest logit, as near as float32 has it
+  const double by = proposed && drawn_was > 0.0 ? drawn / drawn_was : std::exp(sums.top - peak);
+  const double others = (certain + std::max(sums.others - was, 0.0) * by) * std::exp(peak - top);
+  return others > 0.0 ? Sums{top, others} : sums;
+}
+
+// What a proposal was worth in a row: of `Operands`.
+void write_weights(const float* ratios, const Listed& listed, double lse_was, double lse, float* weights) {
+  double largest = 0.0, sum = 0.0, squares = 0.0, count = 0.0;
+  for (size_t i = 0; i < listed.at.size(); ++i) {
+    if (ratios[i] == 1.0f) continue;
+    const double weight = std::exp(listed.at[i].z - lse - (listed.drawn_on[i] - lse_was));
+    largest = std::max(largest, weight);
+    sum += weight;
+    squares += weight * weight;
+    ++count;
+  }
+  const double all[] = {count, largest, sum, squares};
+  for (int i = 0; i < 4; ++i) weights[i] = static_cast<float>(std::min(all[i], 1e30));
 }
 
 // Turns the ratios of a row into values, and adds dX and its spread where they are asked for.
@@ -123,12 +155,15 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
     Sums sums = k.sums(p, row, 0, p.n_vocab);
     Coefficients c = finish(p, k, sums, row, scores.data());
     std::fill(total.begin(), total.end(), 0.0f);
-    int64_t count = p.used[row] ? draw_row(p, lists, c, s, row) : 0;
-    const double change = reread(p, lists, o, sums.top, k, s, type, row, count, listed);
-    if (change != 0.0 && sums.others + change > 0.0) {
-      sums.others += change;
+    const bool proposed = o.weights != nullptr;
+    int64_t count = p.used[row] ? draw_row(p, lists, c, s, proposed, row) : 0;
+    const float* ratios = lists.values + row * lists.most;
+    const double lse_was = c.lse;
+    if (reread(p, lists, o, k, s, type, row, count, listed) && count > 0) {
+      sums = corrected(sums, ratios, listed, proposed);
       c = finish(p, k, sums, row, scores.data());
     }
+    if (proposed) write_weights(ratios, listed, lse_was, c.lse, o.weights + 4 * row);
     settle_row(lists, o, c, s, type, row, count, listed, total);
     if (p.used[row]) count = append(p, lists, o, c, scores.data(), s, type, row, count, total);
     lists.counts[row] = static_cast<int32_t>(count);

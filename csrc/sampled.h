@@ -45,6 +45,8 @@ struct Operands {
   int64_t width, x_stride, w_stride;
   void* dx;               // (n, width), or null; and with it, of each row of dX,
   float *spread, *norm;   // (n): the variance of its draw, without covariances, its squared norm
+  // Not null where the logits are a quantised product, a proposal: (n, 4), of a row's entries that are listed at random,
+  float* weights;         // how many, and the largest, the sum and the sum of squares of their p / (proposed p)
 };
 
 struct Products {

@@ -22,21 +22,39 @@ inline uint32_t proposal(float a) {
   return a < 0.0f ? drawn : KEPT;
 }
 
+// Of n <= BLOCK logits. The shift goes off before the factor, so that no compiler makes one operation of the two.
+template <class T>
+inline void proposals(const RowPass& p, float factor, const T* raw, int64_t column, int64_t n, float shift,
+                      uint32_t* f) {
+  if (is_plain(p)) {
+    const float before = shift / factor;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i)
+      f[i] = proposal(((is_out(raw[i]) ? NOTHING : widen(raw[i])) - before) * factor);
+    return;
+  }
+  alignas(64) float z[BLOCK];
+  transform(p, factor, raw, column, n, z, nullptr);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) f[i] = proposal(z[i] - shift);
+}
+
 template <class T>
 int64_t longest(const RowPass& p, float shift, int64_t row) {
-  alignas(64) float z[BLOCK];
+  alignas(64) uint32_t f[BLOCK];
+  const float factor = factor_of(p, row);
   uint64_t sum = 0;
   int64_t kept = 0;
   for (int64_t begin = 0; begin < p.n_vocab; begin += BLOCK) {
     const int64_t n = p.n_vocab - begin < BLOCK ? p.n_vocab - begin : BLOCK;
-    transform(p, row_of<T>(p, row) + begin, begin, n, z, nullptr);
+    proposals(p, factor, row_of<T>(p, row) + begin, begin, n, shift, f);
     for (int64_t group = 0; group < n; group += GROUP) {
       const int64_t end = n - group < GROUP ? n : group + GROUP;
       uint32_t certain = 0, low = 0, high = 0;  // halves, whose sums over a group fit 32 bits
 #pragma omp simd reduction(+ : certain, low, high)
       for (int64_t i = group; i < end; ++i) {
-        const uint32_t f = proposal(z[i] - shift), counted = f == KEPT ? 0u : f;
-        certain += f == KEPT;
+        const uint32_t counted = f[i] == KEPT ? 0u : f[i];
+        certain += f[i] == KEPT;
         low += counted & 0xffffu;
         high += counted >> 16;
       }
@@ -50,10 +68,10 @@ int64_t longest(const RowPass& p, float shift, int64_t row) {
 // Lists columns from `columns[count]` on; returns how many there are then, or -1 where they are more than `most`.
 template <class T>
 int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios, int64_t most) {
-  alignas(64) float z[GROUP];
   alignas(64) uint32_t f[GROUP];
   const T* logits = row_of<T>(p, row);
-  const bool plain = p.bias == nullptr && p.logit_scale == 1.0f && p.softcap == 0.0f;
+  const bool plain = is_plain(p);
+  const float factor = factor_of(p, row), before = shift / factor;
   uint32_t sum = start;
   int64_t count = 0;
   for (int64_t begin = 0; begin < p.n_vocab; begin += GROUP) {
@@ -63,26 +81,23 @@ int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t
 #pragma omp simd reduction(| : any) reduction(+ : total)
       for (int64_t i = 0; i < GROUP; ++i) {
         const T raw = logits[begin + i];
-        const uint32_t one = proposal((is_out(raw) ? NOTHING : widen(raw)) - shift);
+        const uint32_t one = proposal(((is_out(raw) ? NOTHING : widen(raw)) - before) * factor);
         any |= one;
         total += one;
       }
     } else {
-      transform(p, logits + begin, begin, n, z, nullptr);
+      proposals(p, factor, logits + begin, begin, n, shift, f);
 #pragma omp simd reduction(| : any) reduction(+ : total)
       for (int64_t i = 0; i < n; ++i) {
-        const uint32_t one = proposal(z[i] - shift);
-        any |= one;
-        total += one;
+        any |= f[i];
+        total += f[i];
       }
     }
     if (any < FEW && ((sum ^ (sum + total)) >> 31) == 0) {
       sum += total;
       continue;
     }
-    transform(p, logits + begin, begin, n, z, nullptr);
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) f[i] = proposal(z[i] - shift);
+    if (plain && n == GROUP) proposals(p, factor, logits + begin, begin, n, shift, f);
     for (int64_t i = 0; i < n; ++i) {
       const bool kept = f[i] == KEPT;
       const uint32_t next = kept ? sum : sum + f[i];
@@ -126,7 +141,7 @@ void store(const float* from, void* to, int64_t n) {
 template <class T>
 Capped capped_at(const RowPass& p, int64_t row, int64_t column) {
   float z, slope = p.logit_scale;
-  transform(p, row_of<T>(p, row) + column, column, 1, &z, &slope);
+  transform(p, factor_of(p, row), row_of<T>(p, row) + column, column, 1, &z, &slope);
   return {z, slope};
 }
 

@@ -7,6 +7,9 @@ own.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +17,14 @@ from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
 from tract_fast.errors import UserError
 from tract_fast.gather import gather_rows
-from tract_fast.loss import TractLoss, linear_tract_loss, native
+from tract_fast.loss import (
+    QuantizedWeight,
+    TractLoss,
+    linear_tract_loss,
+    native,
+    proposal as proposals,
+    quantize_weight,
+)
 from tract_fast.loss.choice import choose
 from tract_fast.loss.sampled import language
 from tract_fast.sections import Loss
@@ -29,8 +39,12 @@ def choose_loss(loss: Loss, dtype: torch.dtype, device: torch.device, config, *,
     except ValueError as error:
         raise UserError(str(error)) from error
     if loss.gradient == "sampled":
-        kind = language(device.type, dtype)
-        return "chunked", f"sampled gradient, in {kind}{': slower than exact' if kind == 'PyTorch' else ''}"
+        kind, drawn = language(device.type, dtype), ""
+        if loss.proposal != "none":
+            if reason := proposals.refusal(loss.proposal, device, dtype, text.hidden_size, here=here):
+                raise UserError(f"loss.proposal = {loss.proposal}: {reason}".replace("'", ""))
+            drawn = f", drawn from {loss.proposal} logits"
+        return "chunked", f"sampled gradient, in {kind}{': slower than exact' if kind == 'PyTorch' else ''}{drawn}"
     try:
         return choose(
             loss.implementation,
@@ -61,6 +75,7 @@ class TractHead(nn.Linear):
         normalize: str = "scores",
         gradient: str = "exact",
         eps: float | None = None,
+        proposal: str = "none",
         implementation: str = "auto",
     ):
         super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
@@ -76,8 +91,10 @@ class TractHead(nn.Linear):
             "normalize": normalize,
             "gradient": gradient,
             "eps": eps,
+            "proposal": proposal,
             "implementation": implementation,
         }
+        self._quantized: tuple[int, QuantizedWeight] | None = None  # with the version of the weight that it is of
 
     def forward(self, hidden: Tensor, batch: Batch) -> TractLoss:
         """``hidden`` (T, D): all tokens of the micro-batch. Only the batch's rows reach the GEMM; the end of a shared
@@ -93,5 +110,31 @@ class TractHead(nn.Linear):
             bias=self.bias,
             row_weights=batch.row_weights,
             score_weights=batch.score_weights,
+            quantized=self._quantized_weight(),
             **self.options,
         )
+
+    def _quantized_weight(self) -> QuantizedWeight | None:
+        """The weight in 8 bits where a proposal needs it: that of the step's first micro-batch for all of them."""
+        kind = self.options["proposal"]
+        if kind == "none" or not torch.is_grad_enabled():
+            return None
+        version = self.weight._version  # what is changed in place is seen, but not what FSDP2 writes
+        if self._quantized is None or self._quantized[0] != version:
+            self._quantized = version, quantize_weight(self.weight.detach(), kind)
+        return self._quantized[1]
+
+    def weights_changed(self) -> None:
+        """Tell the head that the optimizer has changed its weight: a proposal's copy of it is made anew."""
+        if self.weight.requires_grad:
+            self._quantized = None
+
+    @contextlib.contextmanager
+    def without_proposal(self) -> Iterator[None]:
+        """Draw from exact logits inside."""
+        options = self.options
+        self.options = options | {"proposal": "none"}
+        try:
+            yield
+        finally:
+            self.options = options

@@ -337,6 +337,7 @@ def _head(linear: nn.Linear, recipe: Recipe, scale: ScoreScale, softcap: float |
         normalize=loss.normalize,
         gradient=loss.gradient,
         eps=loss.eps,
+        proposal=loss.proposal,
         implementation=loss.implementation,
     )
 

@@ -162,6 +162,8 @@ class Loss:
     """The gradient through the vocabulary: exact, or drawn at random around it (unbiased; cheaper on a CPU)."""
     eps: float | None = None
     """Of a sampled gradient: tokens of a probability below it are kept at random. null is 2^-10."""
+    proposal: Literal["none", "int8", "fp8"] = "none"
+    """Of a sampled gradient: draw from logits of 8-bit products (int8: CPUs with VNNI; fp8: Hopper), then correct."""
     implementation: Literal["auto", "chunked", "fused", "reference"] = "auto"
     """chunked (logits a chunk at a time), fused (none at all; CUDA), reference (plain PyTorch), auto (says why)."""
 
@@ -176,6 +178,8 @@ class Loss:
         _require(
             not sampled or self.implementation in ("auto", "chunked"), "loss.implementation", self.implementation, rule
         )
+        rule = "must be none without loss.gradient: sampled"
+        _require(sampled or self.proposal == "none", "loss.proposal", self.proposal, rule)
         _require(sampled or self.eps is None, "loss.eps", self.eps, "must be null without loss.gradient: sampled")
         _require(
             self.eps is None or 2.0**-20 <= self.eps <= 1,

@@ -235,6 +235,12 @@ def all_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_largest(values: Tensor) -> Tensor:
+    """Maximum over ranks, in place."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Global L2 norm of all gradients, a () float32 tensor; call on every rank."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

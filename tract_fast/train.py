@@ -37,13 +37,14 @@ from tract_fast import (
     resume,
     shard,
     sharing,
+    tally,
 )
 from tract_fast.checkpoint import Progress
 from tract_fast.data import batch as batches
 from tract_fast.data.prompt import Encoded
 from tract_fast.errors import RunStopped, UserError
 from tract_fast.launch import STOPPED, Joined, StopSignal, follow_launcher
-from tract_fast.loss import SampledTractLoss, TractLoss
+from tract_fast.loss import proposal
 from tract_fast.prepare import Prepared, prepare
 from tract_fast.recipe import Recipe
 from tract_fast.saver import Saver
@@ -221,6 +222,8 @@ def loop(job: Job, done: int) -> int:
             if profile:
                 profile.step()
             out.step(record)
+            if record.get("redone"):
+                out.say(told_redone(record, recipe.loss.proposal))
             last = step + 1 == job.total
             if unsaved:
                 settle(job, saver, out)
@@ -289,16 +292,56 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
     """One optimizer step; returns its metrics, and whether any rank has got a signal or knows of an ``unsaved``
     checkpoint. Raises RunStopped before the update where something is not finite."""
     started = time.perf_counter()
-    recipe, ranks = job.recipe, job.ranks
-    seed_step(recipe.train.seed, step, ranks.rank)
+    recipe = job.recipe
     with record_function("step: data"):
         taken = job.feed.take(step)
-    examples, waited = taken.examples, time.perf_counter() - started
+    waited = time.perf_counter() - started
     lr = optim.learning_rate(step, job.total, recipe.train)
     for group in job.optimizer.param_groups:
         group["lr"] = lr
-    sums = torch.zeros(11, dtype=torch.float64, device=ranks.device)
-    sums[8] = taken.flops
+    of_rank = (taken.flops, float(stop.received is not None), float(unsaved))
+    found, norm_of_gradient = forward_backward(job, step, taken, of_rank)
+    of_proposal = {}
+    if recipe.loss.proposal != "none":
+        of_proposal = {"redone": found["beyond"] > 0}
+    if found["beyond"]:  # all ranks see the same sums; the draws of the second time have the same seeds
+        weights = {name: found[name] for name in ("largest", "effective")}
+        job.optimizer.zero_grad()
+        with job.model.head.without_proposal():
+            found, norm_of_gradient = forward_backward(job, step, taken, of_rank)
+        found |= weights
+    if not (math.isfinite(found["loss"]) and math.isfinite(found["grad_norm"])):
+        raise_not_finite(step, found["loss"], found["grad_norm"], taken.examples)
+    if recipe.train.clip is not None:
+        with record_function("step: clip"):
+            shard.clip_gradients(list(job.model.trainable().values()), recipe.train.clip, norm_of_gradient)
+    with record_function("step: optimizer"):
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+    job.model.head.weights_changed()
+    seconds = time.perf_counter() - started
+    return {
+        "step": step + 1,
+        **tally.record(found, recipe, taken.examples),
+        **of_proposal,
+        "lr": lr,
+        "seconds": seconds,
+        "waited": waited,
+        **speed(job, found["flops"], seconds),
+        "stop": STOPPED[stop.received or signal.SIGTERM] if found["stopping"] else 0,  # any rank's signal stops all
+        "unsaved": found["unsaved"] > 0,
+    }
+
+
+def forward_backward(
+    job: Job, step: int, taken: feed.Step, of_rank: tuple[float, ...]
+) -> tuple[dict[str, float], Tensor]:
+    """Gradients of a step; (its sums over all ranks by ``tally.NAMES``, ``grad_norm`` and the ``largest`` weight of a
+    proposal, the norm as a tensor)."""
+    recipe, ranks = job.recipe, job.ranks
+    seed_step(recipe.train.seed, step, ranks.rank)
+    sums = torch.zeros(len(tally.NAMES), dtype=torch.float64, device=ranks.device)
+    largest = sums.new_ones((), dtype=torch.float32)
     for left, batch in zip(reversed(range(len(taken.micro_batches))), taken.micro_batches, strict=True):
         if recipe.lora.rank:  # adapters are small enough to hold their gradients until all can be reduced at once
             job.model.set_requires_gradient_sync(left == 0)
@@ -306,48 +349,20 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
         with record_function("step: forward"):
             out = job.model(batch)
         out.loss.backward()
-        sums[:8] += tally(out, batch)
-    trained = list(job.model.trainable().values())
+        parts, weight = tally.of_micro_batch(out, batch)
+        sums[: len(parts)] += parts
+        largest = torch.maximum(largest, weight)
     with record_function("step: clip"):
-        norm_of_gradient = shard.gradient_norm(trained)
-    sums[9], sums[10] = float(stop.received is not None), float(unsaved)
+        norm = shard.gradient_norm(job.model.trainable().values())
+    for i, value in enumerate(of_rank, start=len(tally.OF_MICRO_BATCH)):
+        sums[i] = value
     shard.all_sum(sums)
+    if recipe.loss.proposal != "none":
+        shard.all_largest(largest)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
-    loss, nll, squared, absolute, mass, tokens, entries, added, flops, stopping, missing, grad_norm = torch.cat(
-        [sums, norm_of_gradient.to(sums)[None]]
-    ).tolist()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise_not_finite(step, loss, grad_norm, examples)
-    if recipe.train.clip is not None:
-        with record_function("step: clip"):
-            shard.clip_gradients(trained, recipe.train.clip, norm_of_gradient)
-    with record_function("step: optimizer"):
-        job.optimizer.step()
-        job.optimizer.zero_grad()
-    ce_tokens = sum(batches.ce_tokens(e, recipe.loss.score_ce) for e in examples)
-    rows = sum(len(e.ids) - e.prompt_len for e in examples)
-    seconds = time.perf_counter() - started
-    sampled = {"entries": entries / rows, "added_variance": added / rows} if recipe.loss.gradient == "sampled" else {}
-    return {
-        "step": step + 1,
-        "loss": loss,
-        "ce": nll / ce_tokens,
-        "mse": squared / len(examples),
-        "score_mass": mass / len(examples),
-        "score_mae": absolute / len(examples),
-        "lr": lr,
-        "grad_norm": grad_norm,
-        "tokens": int(tokens),
-        "logical_tokens": sum(len(e.ids) for e in examples),
-        "rows": rows,
-        "samples": len(examples),
-        **sampled,
-        "seconds": seconds,
-        "waited": waited,
-        **speed(job, flops, seconds),
-        "stop": STOPPED[stop.received or signal.SIGTERM] if stopping else 0,  # any rank's signal stops all
-        "unsaved": missing > 0,
-    }
+    names = (*tally.NAMES, "grad_norm", "largest")
+    values = torch.cat([sums, norm.to(sums)[None], largest.to(sums)[None]]).tolist()
+    return dict(zip(names, values, strict=True)), norm
 
 
 def speed(job: Job, flops: float, seconds: float) -> dict[str, float]:
@@ -359,16 +374,12 @@ def speed(job: Job, flops: float, seconds: float) -> dict[str, float]:
     return found | {"memory": perf.peak_memory(job.ranks.device) / 2**30}
 
 
-def tally(out: TractLoss | SampledTractLoss, batch: batches.Batch) -> Tensor:
-    """(8,) float64 sums of a micro-batch: loss, nll, squared and absolute score error, score mass, tokens, entries of a
-    sampled gradient, its added variance times the rows."""
-    error = out.expected_score - batch.score_targets
-    none = error.new_zeros(())
-    parts = [out.loss.detach(), out.nll.sum(), error.square().sum(), error.abs().sum(), out.score_mass.sum()]
-    parts.append(none + (batch.input_ids.shape[1] if len(batch.score_rows) else 0))  # an empty one is a stand-in
-    drawn = isinstance(out, SampledTractLoss)
-    parts += [out.entries.sum(), out.added_variance * len(out.nll)] if drawn else [none, none]
-    return torch.stack([p.double() for p in parts])
+def told_redone(record: dict[str, Any], kind: str) -> str:
+    return (
+        f"step {record['step']} was computed again without loss.proposal = {kind}, which its logits do not suit "
+        f"(largest weight {record['largest_weight']:.3g}, effective share {record['effective_share']:.2f}; at most "
+        f"{proposal.LARGEST_WEIGHT:.0f}, at least {proposal.LEAST_SHARE}); where this repeats, write none"
+    )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

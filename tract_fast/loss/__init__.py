@@ -14,13 +14,15 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from tract_fast.loss import proposal as proposals
 from tract_fast.loss.choice import choose
 from tract_fast.loss.chunked import chunked_loss
+from tract_fast.loss.proposal import QuantizedWeight, quantize_weight
 from tract_fast.loss.reference import IGNORE_INDEX, SampledTractLoss, TractLoss, reference_loss
 from tract_fast.loss.sampled import EPS, sampled_loss
 from tract_fast.loss.terms import RowStats, compute_dtype, op_arguments, result
 
-__all__ = ["SampledTractLoss", "TractLoss", "linear_tract_loss"]
+__all__ = ["QuantizedWeight", "SampledTractLoss", "TractLoss", "linear_tract_loss", "quantize_weight"]
 
 MIN_EPS = 2.0**-20
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -43,6 +45,8 @@ def linear_tract_loss(
     normalize: str = "scores",
     gradient: str = "exact",
     eps: float | None = None,
+    proposal: str = "none",
+    quantized: QuantizedWeight | None = None,
     implementation: str = "auto",
     memory_budget: int | None = None,
     seed: int | None = None,
@@ -79,6 +83,11 @@ def linear_tract_loss(
         gradient: "exact", or "sampled": the loss is exact, and its gradient drawn at random so that the exact one is
             its expectation; one GEMM instead of three on the CPU. See ``sampled.py``.
         eps: of "sampled": columns of a probability below it are kept at random; None is 2^-10.
+        proposal: of "sampled": "int8" (CPUs with VNNI) or "fp8" (Hopper and later) draws from logits of 8-bit products
+            and corrects by exact ones of what it lists: cheaper, and consistent instead of exact in the loss; "none"
+            draws from the logits themselves. See ``proposal.py``.
+        quantized: of a proposal: ``quantize_weight(weight, proposal)``, to be used for several calls while ``weight``
+            stays as it is; None quantises it in this call.
         seed: of "sampled": the gradient is a function of the other arguments and this number; None takes one from
             torch's CPU generator.
         memory_budget: about how many bytes of logits "chunked" (of dZ "fused") may hold at a time; None is 1 GiB on
@@ -105,6 +114,7 @@ def linear_tract_loss(
     check_options(softcap, logit_scale)
     check_choices(normalize, gradient, implementation)
     check_sampling(gradient, implementation, eps, seed)
+    check_proposal(gradient, proposal, quantized, hidden, weight)
     check_budget(memory_budget)
     check_head(hidden, weight, bias)
     targets = {
@@ -137,9 +147,12 @@ def linear_tract_loss(
         return reference_loss(hidden, weight, bias=bias, **options, normalize=normalize, **targets)
     args = op_arguments(hidden, weight, bias, targets, **options, vocab=normalize == "vocab", budget=memory_budget)
     if gradient == "sampled" and (args.need_dx or args.need_dw or args.need_db):
-        loss, *rest = sampled_loss(*args, EPS if eps is None else float(eps), seed_tensor(seed))
+        if proposal != "none" and quantized is None:
+            quantized = quantize_weight(args.weight.detach(), proposal)
+        of_draw = (EPS if eps is None else float(eps), seed_tensor(seed), *(quantized or (None, None)))
+        loss, *rest = sampled_loss(*args, *of_draw)
         found = result(loss, RowStats(*rest[:5]), args.score_rows)
-        return SampledTractLoss(*found, entries=rest[9].detach(), added_variance=rest[10].detach())
+        return SampledTractLoss(*found, *(x.detach() for x in rest[9:]))
     loss, *stats = operator(name)(*args)[:6]
     return result(loss, RowStats(*stats), args.score_rows)
 
@@ -216,6 +229,30 @@ def check_sampling(gradient: str, implementation: str, eps: float | None, seed: 
     whole = isinstance(seed, int) and not isinstance(seed, bool)
     if seed is not None and not (whole and 0 <= seed < 2**63):
         raise ValueError(f"seed = {seed!r}: must be a whole number from 0 to 2^63 - 1, or None")
+
+
+def check_proposal(
+    gradient: str, proposal: str, quantized: QuantizedWeight | None, hidden: Tensor, weight: Tensor
+) -> None:
+    """Raise ValueError for a proposal that cannot be made here, that nothing would use, or of another weight."""
+    if proposal not in ("none", *proposals.KINDS):
+        raise ValueError(f"proposal = {proposal!r}: must be 'none', 'int8' or 'fp8'")
+    if proposal == "none":
+        if quantized is not None:
+            raise ValueError(f"quantized is a {quantized.kind} weight: must be None with proposal = 'none'")
+        return
+    if gradient != "sampled":
+        raise ValueError(f"proposal = {proposal!r}: must be 'none' with gradient = {gradient!r}, which draws nothing")
+    reason = proposals.refusal(proposal, hidden.device, compute_dtype(hidden), hidden.shape[1])
+    if reason:
+        raise ValueError(f"proposal = {proposal!r}: {reason}")
+    if quantized is None:
+        return
+    rows, width = quantized.codes.shape
+    if quantized.kind != proposal or width != weight.shape[1] or not 0 <= rows - len(weight) < proposals.ALIGNMENT:
+        raise ValueError(
+            f"quantized is a {quantized.kind} weight of {rows} x {width}: must be quantize_weight(weight, {proposal!r})"
+        )
 
 
 def seed_tensor(seed: int | None) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tract_fast.loss import native
 from tract_fast.loss.chunked import SCALE_BLOCK, SUMMAND, chunks_of, padded
-from tract_fast.loss.plan import BLOCK_BUDGET, plan_chunks
+from tract_fast.loss.plan import BLOCK_BUDGET
 from tract_fast.loss.rows import BLOCK, PICK_BLOCK_CUDA
+from tract_fast.loss.sampled import N_OWN, rows_at_once
 from tract_fast.loss.terms import Arguments
 
 VECTORS = 64  # bytes a row: terms and statistics
@@ -51,12 +52,13 @@ def _chunked(args: tuple, device_type: str) -> int:
 
 
 def _sampled(args: tuple, device_type: str) -> int:
-    a = Arguments(*args[:-2])
+    a, codes = Arguments(*args[:-N_OWN]), args[-2]
     (n, width), n_vocab, size = a.hidden.shape, a.weight.shape[0], a.hidden.element_size()
-    sizes = {"logit_bytes": size, "trained_weight": False, "budget": a.budget, "device": device_type}
-    rows = min(plan_chunks(n, n_vocab, width, **sizes).rows, n)
+    rows = min(rows_at_once(a, codes, device_type), n)
+    packed = codes.numel() if codes is not None and codes.dtype == torch.int8 else 0  # as oneDNN has them
     return (
         rows * padded(n_vocab) * size
+        + packed
         + max(_pick(rows, width, size, device_type), _rows(a, rows, device_type))
         + VECTORS * n
     )

@@ -20,7 +20,7 @@ from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 REFUSED = "must be portable, or avx2, avx512 or avx512bf16 where this processor has them; unset it for the best"
-ABI = 3  # of the operators in csrc/ops.cpp
+ABI = 4  # of the operators in csrc/ops.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -89,6 +89,7 @@ def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a
 def sampled_rows(
     logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, x: Tensor, begins: Tensor,
     reference: Tensor, eps: float, lists: tuple[Tensor, ...], dx: Tensor, spread: Tensor, norm: Tensor,
+    factor: Tensor | None, weights: Tensor,
 ) -> None:  # fmt: skip
     """``sampled.sampled_rows`` in C++; only where ``runs`` says so."""
     torch.ops.tract_fast.sampled_rows(
@@ -96,7 +97,7 @@ def sampled_rows(
         terms.labels, terms.ce, terms.score, terms.score_target, terms.used,
         a.score_token_ids, a.score_values, *stats,
         a.softcap or 0.0, a.logit_scale, a.vocab,
-        x, a.weight, begins, reference, eps, *lists, dx, spread, norm,
+        x, a.weight, begins, reference, eps, *lists, dx, spread, norm, factor, weights,
     )  # fmt: skip
 
 

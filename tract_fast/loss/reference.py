@@ -55,6 +55,12 @@ class SampledTractLoss(NamedTuple):
     added_variance: Tensor
     """(): an estimate of the variance that drawing adds to dX over the rows, as a share of the squared norm of dX; 0
     where hidden is frozen."""
+    largest_weight: Tensor
+    """(): of the entries listed at random, the largest probability in units of the one it was drawn with; 1 without a
+    proposal."""
+    effective_share: Tensor
+    """(): (sum of those weights)^2 / (their number times the sum of their squares), over all rows: the share of the
+    draws that as good a sample without a proposal would need; 1 without one."""
 
 
 def reference_loss(

@@ -3,11 +3,15 @@
 Per chunk: ``mm`` into a reused buffer -> statistics, and per row a short list of (column, value) whose expectation is
 dZ -> dX from the listed rows of W. Backward makes dW and db of the lists, times the upstream gradient: every row of dW
 is written once, no float32 copy of it exists, and a frozen W costs nothing. ``docs/sampled-gradient.md`` derives the
-draw; ``triton_sampled.py`` computes it on CUDA, ``csrc/sampled.h`` on the CPU, and this module tells it plainly in
-PyTorch, for elsewhere (there the lists become dense again and GEMMs follow, so nothing is saved).
+draw; ``triton_sampled.py`` and ``triton_weight.py`` compute it on CUDA, ``csrc/sampled.h`` on the CPU, and this module
+tells it plainly in PyTorch, for elsewhere (there the lists become dense again and GEMMs follow, so nothing is saved).
 
 The lists are a function of the logits and the seed. Row i of a call starts at a hash of (seed, i); a row whose list
 might not fit raises its threshold, so that none is ever cut and no size waits for the device.
+
+With a ``proposal`` the logits are a product in 8 bits (``proposal.py``), which only says what to list: listed logits
+are computed again exactly, and the sum of exponentials is corrected by them, certain columns one by one and the rest by
+the ratio of the sample's exact sum to its proposed one.
 
 Cost: 2 N V D FLOP, two reads of the logits (a third of rows with a large coefficient), and about 4 D FLOP per listed
 entry (93 a row at eps = 2^-10 on real rationales, where V = 49152). Memory: C V logits, and N (K + 3 + 1.07 / eps)
@@ -22,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tract_fast.loss import native
+from tract_fast.loss import native, proposal
 from tract_fast.loss.choice import runs_triton
 from tract_fast.loss.chunked import input_gradients, padded, read, scaled
 from tract_fast.loss.plan import plan_chunks
@@ -44,9 +48,13 @@ ONE = 2**31
 LOWEST, PER_NAT = -21.487562, 12102203.0  # -31 ln 2, 2^23 / ln 2
 BLOCK = 2**22  # elements at a time, in PyTorch
 
+OWN = (
+    ", float eps, Tensor seed, Tensor? codes, Tensor? scales"  # arguments beside Arguments: of QuantizedWeight, or None
+)
+N_OWN = 4
 SCHEMA = (
-    OP_SCHEMA.partition(") -> (")[0] + f", float eps, Tensor seed) -> ({', '.join(['Tensor'] * 12)})"
-)  # loss, RowStats, unit, dx, Lists, the variance that the draw adds
+    OP_SCHEMA.partition(") -> (")[0] + f"{OWN}) -> ({', '.join(['Tensor'] * 14)})"
+)  # loss, RowStats, unit, dx, Lists, the variance that the draw adds, how good the proposal was: two numbers
 
 
 class Lists(NamedTuple):
@@ -65,49 +73,56 @@ class Lists(NamedTuple):
 
 @torch.library.custom_op("tract_fast::sampled_loss", mutates_args=(), schema=SCHEMA)
 def sampled_loss(*args) -> tuple[Tensor, ...]:
-    """(loss, *RowStats, unit, dx, *Lists, added) of ``Arguments``, eps and seed, at least one row.
+    """(loss, *RowStats, unit, dx, *Lists, added, largest, effective) of ``Arguments``, eps, seed and the codes and
+    scales of a ``QuantizedWeight`` or None, at least one row.
 
     ``dx`` is in units of ``unit``, empty where it is not needed. ``added`` estimates the draw's variance, summed
-    over dX, as a share of the squared norm of dX.
+    over dX, as a share of the squared norm of dX; ``largest`` and ``effective`` are of ``SampledTractLoss``.
     """
-    *args, eps, seed = args
+    *args, eps, seed, codes, scales = args
     a = Arguments(*args)
+    quantized = None if codes is None else proposal.QuantizedWeight(codes, scales)
     a = a._replace(hidden=a.hidden.contiguous(), weight=a.weight.contiguous())
     n, n_vocab = len(a.hidden), len(a.weight)
-    step = _rows_at_once(a)
+    step = rows_at_once(a, codes)
     terms, stats = row_terms(a), new_stats(a)
     dx, lists = _new_dx(a), _new_lists(a, eps)
     spread, norm = (a.hidden.new_zeros(n, dtype=torch.float32) for _ in range(2))
+    weights = a.hidden.new_zeros(0 if quantized is None else n, 4, dtype=torch.float32)
     begins, reference = starts(seed, n, a.hidden.device), reference_of(terms)
-    logits = native.scratch(a.hidden, min(step, n), padded(n_vocab))[:, :n_vocab]
+    logits = None if quantized else native.scratch(a.hidden, min(step, n), padded(n_vocab))[:, :n_vocab]
     make, _ = kernels_for(a.hidden)
     with torch.autocast(a.hidden.device.type, enabled=False):
         for i in range(0, n, step):
             j = min(i + step, n)
-            x, part, chunk = a.hidden[i:j], terms.rows(i, j), logits[: j - i]
-            torch.mm(x, a.weight.t(), out=chunk)
+            x, part, factor = a.hidden[i:j], terms.rows(i, j), None
+            if quantized:
+                chunk, factor = proposal.logits_of(x, quantized, n_vocab)
+            else:
+                chunk = torch.mm(x, a.weight.t(), out=logits[: j - i])
             picked = pick(x, part.labels, a)
-            out = (lists.rows(i, j), dx[i:j], spread[i:j], norm[i:j])
+            out = (lists.rows(i, j), dx[i:j], spread[i:j], norm[i:j], factor, weights[i:j])
             make(chunk, picked, part, stats.rows(i, j), a, x, begins[i:j], reference, eps, *out)
         loss = total_loss(stats, a)
     added = spread.sum() / norm.sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return loss, *stats, terms.unit, dx, *lists, added
+    return loss, *stats, terms.unit, dx, *lists, added, *proposal.quality(weights)
 
 
 @sampled_loss.register_fake
 def _(*args):
-    *args, eps, _ = args
+    *args, eps, _, _, _ = args
     a = Arguments(*args)
-    return new_scalar(a), *new_stats(a), new_scalar(a), _new_dx(a), *_new_lists(a, eps), new_scalar(a)
+    own = (new_scalar(a) for _ in range(3))
+    return new_scalar(a), *new_stats(a), new_scalar(a), _new_dx(a), *_new_lists(a, eps), *own
 
 
 def kernels_for(hidden: Tensor):
     """(sampled_rows, sampled_weight) of the kernels that run."""
     kind = language(hidden.device.type, hidden.dtype)
     if kind == "Triton":
-        from tract_fast.loss import triton_sampled
+        from tract_fast.loss import triton_sampled, triton_weight
 
-        return triton_sampled.sampled_rows, triton_sampled.sampled_weight
+        return triton_sampled.sampled_rows, triton_weight.sampled_weight
     return (native.sampled_rows, native.sampled_weight) if kind == "C++" else (sampled_rows, sampled_weight)
 
 
@@ -118,9 +133,13 @@ def language(device_type: str, dtype: torch.dtype) -> str:
     return "C++" if device_type == "cpu" and native.runs(dtype) else "PyTorch"
 
 
-def _rows_at_once(a: Arguments) -> int:
-    sizes = {"logit_bytes": a.hidden.element_size(), "trained_weight": False, "device": a.hidden.device.type}
-    return plan_chunks(a.hidden.shape[0], a.weight.shape[0], a.hidden.shape[1], budget=a.budget, **sizes).rows
+def rows_at_once(a: Arguments, codes: Tensor | None, device_type: str | None = None) -> int:
+    """Rows of a chunk, on a device of that type or that of ``a``."""
+    device_type = device_type or a.hidden.device.type
+    held = codes is not None and codes.dtype == torch.int8
+    budget = min(a.budget or proposal.HELD, proposal.HELD) if held else a.budget
+    sizes = {"logit_bytes": a.hidden.element_size(), "trained_weight": False, "device": device_type}
+    return plan_chunks(a.hidden.shape[0], a.weight.shape[0], a.hidden.shape[1], budget=budget, **sizes).rows
 
 
 def _new_dx(a: Arguments) -> Tensor:
@@ -177,30 +196,42 @@ def sampled_rows(
     dx: Tensor,
     spread: Tensor,
     norm: Tensor,
+    factor: Tensor | None,
+    weights: Tensor,
 ) -> None:
     """Write ``stats`` and ``lists`` of raw ``logits`` (n, V), and ``dx`` with its ``spread`` and ``norm`` where it has
-    rows. ``native.sampled_rows`` is the same in C++, and overwrites entries of ``logits``."""
+    rows. ``native.sampled_rows`` is the same in C++, and overwrites entries of ``logits``.
+
+    Where ``weights`` (n, 4) has rows, the logits times the row's ``factor`` are a proposal; written there: the number
+    of entries listed at random, and the largest, the sum and the sum of squares of their p / p~."""
     picked, slopes = transform_picked(picked, terms.labels, a)
-    exact = logits.dtype == torch.float32
+    proposed = len(weights) > 0
+    exact = logits.dtype == torch.float32 and not proposed
     weight = a.weight.float() if len(dx) or not exact else a.weight
     squares = (weight**2).sum(1) if len(dx) else None
     step = max(1, BLOCK // logits.shape[1])
     for i in range(0, len(logits), step):
         j = min(i + step, len(logits))
         part, own = terms.rows(i, j), lists.rows(i, j)
-        z, slope = transform(logits[i:j].float(), a.bias, a)
+        raw = logits[i:j].float() if factor is None else logits[i:j].float() * factor[i:j, None]
+        z, slope = transform(raw, a.bias, a)
         taken = taken_out(z, part.labels, a)
         apart, mine = z.masked_fill(taken, float("-inf")), (picked.rows(i, j), part, stats.rows(i, j), a)
         top = apart.amax(1).clamp(min=torch.finfo(z.dtype).min)
         others = (apart - top[:, None]).exp().sum(1)
         at = finish(top, others, *mine)
-        chosen, ratio = draw(z, taken, at.kappa, at.others, stats.lse[i:j], part, begins[i:j], reference, eps, a, own)
-        if not exact:  # the listed ones again, from what 16 bits hold of hidden and weight
-            rounded = z
+        lse = stats.lse[i:j].clone()
+        # a row without gradient is drawn for its statistics
+        size = at.kappa.abs().double() if not proposed else at.kappa.abs().double().clamp(min=torch.finfo(z.dtype).tiny)
+        chosen, ratio = draw(z, taken, size, at.others, lse, part, begins[i:j], reference, eps, a, own)
+        if not exact:  # the listed ones again, from what 8 or 16 bits hold of hidden and weight
+            drawn_on = z
             z, slope = transform(torch.where(chosen, x[i:j].float() @ weight.t(), 0.0), a.bias, a)
-            certain = chosen & (ratio == 1)
-            change = torch.where(certain, (z - top[:, None]).exp() - (rounded - top[:, None]).exp(), 0.0).sum(1)
-            at = finish(top, torch.where(others + change > 0, others + change, others), *mine)
+            at = finish(*proposal.corrected(top, others, z, drawn_on, chosen, ratio, proposed), *mine)
+        if proposed:
+            weights[i:j] = proposal.weights_of(
+                z - stats.lse[i:j, None] - (drawn_on - lse[:, None]), chosen & (ratio > 1)
+            )
         values = at.kappa[:, None] * torch.exp(z - stats.lse[i:j, None]) * slope * ratio
         values = torch.where(chosen, values, 0.0)
         if len(dx):
@@ -223,7 +254,7 @@ def taken_out(z: Tensor, labels: Tensor, a: Arguments) -> Tensor:
 def draw(
     z: Tensor,
     taken: Tensor,
-    kappa: Tensor,
+    size: Tensor,
     others: Tensor,
     lse: Tensor,
     terms: RowTerms,
@@ -233,10 +264,10 @@ def draw(
     a: Arguments,
     lists: Lists,
 ) -> tuple[Tensor, Tensor]:
-    """((n, V) bool: listed, (n, V): the factor that makes up for not being listed always)."""
+    """((n, V) bool: listed, (n, V): the factor that makes up for not being listed always) of rows whose coefficients
+    have the ``size`` (n,) float64; none where it is 0."""
     most = lists.columns.shape[1]
     room = most - len(a.score_token_ids) - 1
-    size = kappa.abs().double()
     e = eps * (reference / size).clamp(max=1.0)
     draws = terms.used & (size > 0) & (others > 0) & size.isfinite() & lse.isfinite()
     kept, f = proposed(z, taken, e, lse)
@@ -293,7 +324,7 @@ def densified(lists: Lists, n_vocab: int) -> Tensor:
 
 
 def _remember(ctx, inputs, output) -> None:
-    a = Arguments(*inputs[:-2])
+    a = Arguments(*inputs[:-N_OWN])
     unit, dx, *lists = output[6:11]
     if not (a.need_dw or a.need_db):
         lists = [x.new_empty(0, *x.shape[1:]) for x in lists]  # x[:0] would hold the memory of x

@@ -5,16 +5,15 @@ does not say that it fits (a third read of the logits), then the draw. A block o
 integers, which hold the proposals' running sum in the low 46 bits and the number of certain columns above: bit 31 of
 the sum changes at a drawn column, and both together say its place in the list. ``settle_kernel``, a program a row: the
 listed rows of W give their logits again in float32 (16-bit logits), the sum of exponentials is corrected, label and
-score tokens are appended, and dX is the sum of the listed rows of W. dW: the entries by column, a counting sort in
-which a program counts, and later places, those of its share of the rows, one row after another (columns are unique in
-a row); then ``weight_kernel``, a program per row of dW and share of its width, sums them up.
+score tokens are appended, and dX is the sum of the listed rows of W. Of a proposal (``proposal.py``) it corrects all
+of the sum, as far as the lists know it, in the same pass over the listed rows. ``triton_weight.py`` makes dW.
 
 Numerics: float32; proposals are whole numbers and their sums associative, so blocks do not change what is listed. A
 product and a sum are not contracted in the draw, for the same reason. No atomics: deterministic. No host sync.
 
 Cost beside the logits' GEMM: 2 reads of the logits (3 of rows with a large coefficient); per entry 2 rows of W (1 in
-float32 with W's squares not wanted) and 1 of X, 16 + 8 bytes of list and order; 8 V S bytes for the counting sort of S
-shares; one write of dW. Not yet run on a GPU; compiled ahead of time without spills for sm_80, sm_90 and sm_100.
+float32 with W's squares not wanted), 8 bytes of list. Not yet run on a GPU; compiled ahead of time without spills for
+sm_80, sm_90 and sm_100.
 """
 
 from __future__ import annotations
@@ -41,12 +40,10 @@ from tract_fast.loss.triton_rows import (
 from tract_fast.loss.tuning import on_device
 
 UNFUSED = {"enable_fp_fusion": False}  # of the draw, whose lists must not depend on what a compiler contracts
+FARTHEST = 32.0  # of a logit from its proposal, in a weight whose square float32 holds
 SCAN = 4096  # columns drawn at a time: twice as many spill
 # Entries and width of a tile of gathered rows. Not tuned.
 SETTLE = {"E": 8, "BD": 256, "num_warps": 4, "maxnreg": 255}
-WEIGHT = {"E": 16, "BD": 256, "num_warps": 4}
-PLACE = {"E": 4 * 32, "num_warps": 4}  # an entry a thread: none reads an end that another has moved
-SHARES, LEAST_ROWS = 64, 16  # of the rows, in the counting sort; rows of a share
 
 
 @triton.jit
@@ -96,7 +93,7 @@ def draw_kernel(
     nll, lse, expected, mass, probs,
     softcap, logit_scale,
     starts, reference, eps, columns, counts, most, room, tops, sums, shifts,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr, PROPOSED: tl.constexpr,
     MAY_BE_LONG: tl.constexpr, OVER: tl.constexpr, EXTRA: tl.constexpr, STEPS: tl.constexpr, LOWEST: tl.constexpr,
     PER_NAT: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
@@ -123,8 +120,10 @@ def draw_kernel(
         )  # fmt: skip
         size = tl.abs(kappa)
         finite = (size < float("inf")) & (tl.abs(log_sum) < float("inf"))
-        draws = (tl.load(used + row) != 0) & (size > 0) & (share > 0) & finite
-        e = eps * tl.minimum(tl.load(reference) / size, 1.0)
+        # a row without gradient needs no list, unless its statistics are those of a proposal
+        draws = (tl.load(used + row) != 0) & ((size > 0) | PROPOSED) & (share > 0) & finite
+        mean = tl.load(reference)
+        e = eps * tl.where(size > mean, mean / size, 1.0)
         shift = threshold_shift(log_sum, e, STEPS)
         count = tl.full((), 0, tl.int32)
         if draws:
@@ -197,6 +196,66 @@ def reread(
 
 
 @triton.jit
+def correct(
+    row, count, top, others, shift, start_of_row, columns, values, most, hidden, weight, width, bias, softcap,
+    logit_scale,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LOWEST: tl.constexpr, PER_NAT: tl.constexpr, FARTHEST: tl.constexpr,
+    E: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """``reread`` of logits that are a proposal: ``sampled.corrected``, with the sums moved along as larger logits are
+    found. Writes the logarithms of the entries' sizes but for the row's factor. (The largest logit and the sum of
+    exponentials anew, the draw's variance but for the factor's square, and of the entries listed at random how many
+    they are and the largest, the sum and the sum of squares of exp(z - proposed z))."""
+    peak = top
+    certain, was, drawn, drawn_was = 0.0, 0.0, 0.0, 0.0
+    spread, number, largest, weights, squares = 0.0, 0.0, 0.0, 0.0, 0.0
+    for start in range(0, count, E):
+        at = row * most + start + tl.arange(0, E)
+        here = start + tl.arange(0, E) < count
+        col = tl.load(columns + at, mask=here, other=0).to(tl.int64)
+        raw = tl.load(start_of_row + col, mask=here, other=0.0).to(tl.float32)
+        offset = tl.load(bias + col, mask=here, other=0.0).to(tl.float32) if HAS_BIAS else tl.zeros((E,), tl.float32)
+        drawn_on, _slope_there = transformed(raw + offset, softcap, logit_scale, SOFTCAP)
+        at_random = here & (drawn_on < shift)
+        ratio = 2147483648.0 / proposal(drawn_on - shift, LOWEST, PER_NAT).to(tl.float32)
+        ratio = tl.where(at_random, ratio, 1.0)
+        xw, ww = tl.zeros((E, BD), tl.float32), tl.zeros((E, BD), tl.float32)
+        for low in range(0, width, BD):
+            d = low + tl.arange(0, BD)
+            x = tl.load(hidden + row * width + d, mask=d < width, other=0.0).to(tl.float32)
+            inside = here[:, None] & (d < width)[None, :]
+            w = tl.load(weight + col[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            xw += x[None, :] * w
+            ww += w * w
+        z, slope = transformed(tl.sum(xw, 1) + offset, softcap, logit_scale, SOFTCAP)
+        slope += tl.zeros((E,), tl.float32)
+        next_peak = tl.maximum(peak, tl.max(tl.where(here, z, float("-inf")), 0))
+        by = tl.exp(peak - next_peak)
+        now = tl.where(here, tl.exp(z - next_peak) * ratio, 0.0)
+        before = tl.where(here, tl.exp(drawn_on - top) * ratio, 0.0)
+        certain = certain * by + tl.sum(tl.where(at_random, 0.0, now), 0)
+        drawn = drawn * by + tl.sum(tl.where(at_random, now, 0.0), 0)
+        was += tl.sum(tl.where(at_random, 0.0, before), 0)
+        drawn_was += tl.sum(tl.where(at_random, before, 0.0), 0)
+        entry = now * slope
+        spread = spread * by * by + tl.sum(entry * entry * (1.0 - 1.0 / ratio) * tl.sum(ww, 1), 0)
+        peak = next_peak
+        tl.store(values + at, z + tl.log(tl.abs(slope) * ratio), mask=here)
+        far = tl.minimum(tl.maximum(z - drawn_on, -FARTHEST), FARTHEST)
+        each = tl.where(at_random, tl.exp(far), 0.0)
+        number += tl.sum(at_random.to(tl.float32), 0)
+        largest = tl.maximum(largest, tl.max(each, 0))
+        weights += tl.sum(each, 0)
+        squares += tl.sum(each * each, 0)
+    tl.debug_barrier()
+    rest = tl.where(others > was, others - was, 0.0)  # a NaN is found below
+    rest *= tl.where(drawn_was > 0, drawn / drawn_was, tl.exp(top - peak))
+    found = certain + rest
+    good = (found > 0) & (others == others)
+    return tl.where(good, peak, top), tl.where(good, found, others), spread, number, largest, weights, squares
+
+
+@triton.jit
 def sum_of_rows(
     row, count, columns, values, most, weight, width, dx,
     E: tl.constexpr, BD: tl.constexpr,
@@ -228,9 +287,10 @@ def settle_kernel(
     ids, score_values, n_tokens,
     nll, lse, expected, mass, probs,
     softcap, logit_scale,
-    columns, values, counts, most, tops, sums, shifts, dx, spread, norm,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr, EXACT: tl.constexpr, NEED_DX: tl.constexpr,
-    LOWEST: tl.constexpr, PER_NAT: tl.constexpr, K: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
+    columns, values, counts, most, tops, sums, shifts, dx, spread, norm, weights,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, VOCAB: tl.constexpr, EXACT: tl.constexpr, PROPOSED: tl.constexpr,
+    NEED_DX: tl.constexpr, LOWEST: tl.constexpr, PER_NAT: tl.constexpr, FARTHEST: tl.constexpr, K: tl.constexpr,
+    E: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The lists of ``draw_kernel`` with their values, label and score tokens appended, and dX; statistics anew."""
     row = tl.program_id(0).to(tl.int64)
@@ -241,23 +301,41 @@ def settle_kernel(
     label = tl.load(labels + row)
     top, others = tl.load(tops + row), tl.load(sums + row)
     count = tl.load(counts + row)
-    change, variance = reread(
-        row, count, top, tl.load(shifts + row), logits + row * stride, columns, values, most, hidden, weight, width,
-        bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, EXACT, EXACT or NEED_DX, LOWEST, PER_NAT, E, BD,
-    )  # fmt: skip
-    others += tl.where(others + change > 0, change, 0.0)
+    shift, log_sum_was = tl.load(shifts + row), tl.load(lse + row)
+    number, largest, total, squares = 0.0, 0.0, 0.0, 0.0
+    if PROPOSED:
+        top, others, variance, number, largest, total, squares = correct(
+            row, count, top, others, shift, logits + row * stride, columns, values, most, hidden, weight, width,
+            bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, LOWEST, PER_NAT, FARTHEST, E, BD,
+        )  # fmt: skip
+    else:
+        change, variance = reread(
+            row, count, top, shift, logits + row * stride, columns, values, most, hidden, weight, width,
+            bias, softcap, logit_scale, HAS_BIAS, SOFTCAP, EXACT, EXACT or NEED_DX, LOWEST, PER_NAT, E, BD,
+        )  # fmt: skip
+        others += tl.where(others + change > 0, change, 0.0)
     z_label, slope_label, z_scores, slope_scores = picked_logits(
         row, label, token, is_token, bias, picked_label, picked_scores, k, n_tokens, softcap, logit_scale,
         HAS_BIAS, SOFTCAP,
     )  # fmt: skip
-    factor, dz_label, dz_scores, _kappa, _log_sum, _share = finish(
+    factor, dz_label, dz_scores, _kappa, log_sum, _share = finish(
         row, top, others, label, z_label, token, is_token, z_scores, value, k, n_tokens,
         ce, score, score_target, nll, lse, expected, mass, probs, VOCAB,
     )  # fmt: skip
+    sign = tl.where(logit_scale < 0, -1.0, 1.0)  # of a slope
     for start in range(0, count, E):
         at = row * most + start + tl.arange(0, E)
         here = start + tl.arange(0, E) < count
-        tl.store(values + at, tl.load(values + at, mask=here, other=0.0) * factor, mask=here)
+        entry = tl.load(values + at, mask=here, other=0.0)
+        if PROPOSED:
+            entry = sign * tl.exp(entry - top)
+        tl.store(values + at, entry * factor, mask=here)
+    if PROPOSED:
+        by = tl.exp(tl.minimum(tl.maximum(log_sum_was - log_sum, -FARTHEST), FARTHEST))
+        tl.store(weights + 4 * row, number)
+        tl.store(weights + 4 * row + 1, largest * by)
+        tl.store(weights + 4 * row + 2, total * by)
+        tl.store(weights + 4 * row + 3, tl.minimum(squares * by * by, 1e30))
     is_used = tl.load(used + row) != 0
     own = is_used & (label >= 0) & (tl.sum((is_token & (token == label)).to(tl.int32), 0) == 0)
     end = row * most + count
@@ -289,8 +367,12 @@ def sampled_rows(
     dx: Tensor,
     spread: Tensor,
     norm: Tensor,
+    factor: Tensor | None,
+    weights: Tensor,
 ) -> None:
     """``sampled.sampled_rows`` on CUDA: the same arguments and results. Overwrites entries of ``logits``."""
+    if factor is not None:  # of int8 products, which are not for CUDA: only the interpreter comes here
+        logits = (logits * factor[:, None]).to(logits.dtype)
     n, n_vocab = logits.shape
     most, n_tokens = lists.columns.shape[1], len(a.score_token_ids)
     per_row = torch.empty(3, n, dtype=torch.float32, device=logits.device)
@@ -302,7 +384,12 @@ def sampled_rows(
         1.0 if a.softcap is None else a.softcap, a.logit_scale,
     )  # fmt: skip
     constants = {"HAS_BIAS": a.bias is not None, "SOFTCAP": a.softcap is not None, "VOCAB": a.vocab}
-    constants |= {"LOWEST": LOWEST, "PER_NAT": PER_NAT, "K": triton.next_power_of_2(n_tokens)}
+    constants |= {
+        "PROPOSED": len(weights) > 0,
+        "LOWEST": LOWEST,
+        "PER_NAT": PER_NAT,
+        "K": triton.next_power_of_2(n_tokens),
+    }
     with on_device(logits):
         draw_kernel[(programs(n, logits.device),)](
             logits, n, n_vocab, logits.stride(0), *shared,
@@ -312,74 +399,6 @@ def sampled_rows(
         )  # fmt: skip
         settle_kernel[(n,)](
             logits, logits.stride(0), x, a.weight, x.shape[1], *shared,
-            *lists, most, *per_row, dx, spread, norm,
-            EXACT=logits.dtype != torch.float32, NEED_DX=len(dx) > 0, **constants, **SETTLE,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["n_rows", "most", "share_rows", "shares"])
-def place_kernel(
-    columns, values, counts, ends, rows, entries, n_rows, most, share_rows, shares,
-    WRITE: tl.constexpr, E: tl.constexpr,
-):  # fmt: skip
-    """Advance ``ends`` (V, shares) by the entries of each column in each share of the rows, and write them there."""
-    share = tl.program_id(0)
-    for index in range(share * share_rows, tl.minimum((share + 1) * share_rows, n_rows)):
-        row = tl.cast(index, tl.int64)
-        count = tl.load(counts + row)
-        for start in range(0, count, E):
-            at = row * most + start + tl.arange(0, E)
-            here = start + tl.arange(0, E) < count
-            end = ends + tl.load(columns + at, mask=here, other=0).to(tl.int64) * shares + share
-            place = tl.load(end, mask=here, other=0)
-            if WRITE:
-                tl.store(rows + place, tl.zeros((E,), tl.int32) + index, mask=here)
-                tl.store(entries + place, tl.load(values + at, mask=here, other=0.0), mask=here)
-            tl.store(end, place + 1, mask=here)
-        tl.debug_barrier()  # the next row has columns of this one, in other threads
-
-
-@triton.jit(do_not_specialize=["shares"])
-def weight_kernel(
-    ends, rows, entries, hidden, scale, dw, db, width, shares,
-    NEED_DW: tl.constexpr, NEED_DB: tl.constexpr, E: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """dW of a column of the logits and ``BD`` columns of X, and db, of entries by column: those of column v lie from
-    ``ends[v * shares]`` to ``ends[(v + 1) * shares]``."""
-    col = tl.program_id(0).to(tl.int64)
-    d = tl.program_id(1) * BD + tl.arange(0, BD)
-    total, sums = tl.zeros((E, BD), tl.float32), tl.zeros((E,), tl.float32)
-    end = tl.load(ends + (col + 1) * shares)
-    for start in range(tl.load(ends + col * shares), end, E):
-        at = start + tl.arange(0, E)
-        row = tl.load(rows + at, mask=at < end, other=0).to(tl.int64)
-        entry = tl.load(entries + at, mask=at < end, other=0.0)
-        sums += entry
-        if NEED_DW:
-            inside = (at < end)[:, None] & (d < width)[None, :]
-            x = tl.load(hidden + row[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            total += entry[:, None] * x
-    by = tl.load(scale)
-    if NEED_DW:
-        tl.store(dw + col * width + d, (tl.sum(total, 0) * by).to(dw.dtype.element_ty), mask=d < width)
-    if NEED_DB:
-        tl.store(db + col + tl.arange(0, 1), (tl.sum(sums, 0) * by).to(db.dtype.element_ty), mask=tl.program_id(1) == 0)
-
-
-def sampled_weight(lists: Lists, x: Tensor, scale: Tensor, dw: Tensor, db: Tensor, n_vocab: int) -> None:
-    """``sampled.sampled_weight`` on CUDA: the same arguments and results."""
-    n, most = lists.columns.shape
-    shares = min(SHARES, triton.cdiv(n, LEAST_ROWS))
-    share_rows = triton.cdiv(n, shares)
-    whole = torch.int32 if n * most < 2**31 else torch.int64
-    ends = torch.zeros(n_vocab * shares + 1, dtype=whole, device=x.device)
-    rows, entries = torch.empty_like(lists.columns), torch.empty_like(lists.values)
-    arguments = (*lists, ends[1:], rows, entries, n, most, share_rows, shares)
-    with on_device(x):
-        place_kernel[(shares,)](*arguments, WRITE=False, **PLACE)
-        ends[1:] = ends[:-1].cumsum(0, dtype=whole)  # where a share's entries of a column begin
-        place_kernel[(shares,)](*arguments, WRITE=True, **PLACE)
-        weight_kernel[(n_vocab, triton.cdiv(x.shape[1], WEIGHT["BD"]) if len(dw) else 1)](
-            ends, rows, entries, x, scale, dw, db, x.shape[1], shares,
-            NEED_DW=len(dw) > 0, NEED_DB=len(db) > 0, **WEIGHT,
+            *lists, most, *per_row, dx, spread, norm, weights,
+            EXACT=logits.dtype != torch.float32, NEED_DX=len(dx) > 0, FARTHEST=FARTHEST, **constants, **SETTLE,
         )  # fmt: skip
