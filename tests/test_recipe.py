@@ -333,12 +333,18 @@ any_recipe = st.builds(
     score=scales.map(lambda s: Score(labels=tuple(x for x, _ in s), values=tuple(y for _, y in s))),
     loss=st.one_of(
         section(
-            Loss, ce_weight=positive, regression_weight=positive, score_ce=st.booleans(), gradient=st.just("exact")
+            Loss,
+            ce_weight=positive,
+            regression_weight=positive,
+            score_ce=st.booleans(),
+            gradient=st.just("exact"),
+            proposal=st.just("none"),
         ),
         st.builds(
             Loss,
             gradient=st.just("sampled"),
             eps=st.none() | st.floats(1e-6, 1),
+            proposal=choices["loss.proposal"],
             implementation=st.sampled_from(["auto", "chunked"]),
         ),
     ),

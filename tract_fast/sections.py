@@ -163,7 +163,7 @@ class Loss:
     eps: float | None = None
     """Of a sampled gradient: tokens of a probability below it are kept at random. null is 2^-10."""
     proposal: Literal["none", "int8", "fp8"] = "none"
-    """Of a sampled gradient: draw from logits of 8-bit products (int8: CPUs with VNNI; fp8: Hopper), then correct."""
+    """Of a sampled gradient: draw on 8-bit logits (int8: CPUs with VNNI; fp8: Hopper), then correct."""
     implementation: Literal["auto", "chunked", "fused", "reference"] = "auto"
     """chunked (logits a chunk at a time), fused (none at all; CUDA), reference (plain PyTorch), auto (says why)."""
 

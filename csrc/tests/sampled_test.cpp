@@ -44,6 +44,8 @@ struct Problem {
       score_target{0.0f};
   std::vector<float> nll{0}, lse{0}, expected{0}, mass{0}, probs{0, 0};
   bool used = true;
+  std::vector<float> proposed;  // raw logits to draw on instead, to be multiplied with row_scale
+  float row_scale = 1.0f, weights[4] = {-1, -1, -1, -1};
 
   Problem(int64_t vocabulary, float spread, unsigned seed) : v(vocabulary) {
     std::mt19937 random(seed);
@@ -72,6 +74,7 @@ struct Problem {
     RowPass p{};
     p.logits = copy;
     p.bias = bias.empty() ? nullptr : biases;
+    p.row_scale = proposed.empty() ? nullptr : &row_scale;
     p.softcap = form.softcap;
     p.n_vocab = p.stride = v;
     p.picked_label = picked_label.data();
@@ -103,8 +106,8 @@ struct Problem {
   Drawn draw(const Variant& variant, double eps, int64_t start, Type type = Type::float32) {
     const int64_t most = std::min<int64_t>(v + 1, 2 + EXTRA + static_cast<int64_t>(std::ceil(OVER / eps)));
     const bool wide = type == Type::float32;
-    std::vector<float> copy = logits;
-    auto logits16 = in_bfloat16(logits), x16 = in_bfloat16(x), weight16 = in_bfloat16(weight), bias16 = in_bfloat16(bias);
+    std::vector<float> copy = proposed.empty() ? logits : proposed;
+    auto logits16 = in_bfloat16(copy), x16 = in_bfloat16(x), weight16 = in_bfloat16(weight), bias16 = in_bfloat16(bias);
     std::vector<uint16_t> dx16(width, to_bfloat16(-7.0f));
     const RowPass p = wide ? pass(copy.data(), bias.data()) : pass(logits16.data(), bias16.data());
     Drawn d;
@@ -116,7 +119,8 @@ struct Problem {
     void* const dx = wide ? static_cast<void*>(d.dx.data()) : dx16.data();
     const void *const rows = wide ? static_cast<const void*>(x.data()) : x16.data(),
                       *const columns = wide ? static_cast<const void*>(weight.data()) : weight16.data();
-    const Operands o{rows, columns, width, width, width, form.dx ? dx : nullptr, &d.spread, &d.norm};
+    const Operands o{rows, columns, width, width, width, form.dx ? dx : nullptr, &d.spread, &d.norm,
+                     proposed.empty() ? nullptr : weights};
     sampled_rows(p, lists, o, variant, type, 0, 1);
     if (!wide)
       for (int64_t i = 0; i < width; ++i) d.dx[i] = from_bfloat16(dx16[i]);
@@ -220,6 +224,52 @@ void check_forms(const Variant& variant) {
   }
 }
 
+// Drawn on logits that are off by up to 3/4 and half as large as they should be: in the mean dZ of the exact ones, but for
+// the bias of a ratio over some tens of draws, which is far below what those logits would make of it.
+void check_quantised(const Variant& variant) {
+  for (const bool bias : {false, true})
+    for (const Type type : {Type::float32, Type::bfloat16}) {
+      const Form form{bias, true, true, 0.0f, 1.0f};
+      Problem p(300, form, 3);
+      std::mt19937 random(4);
+      for (const float z : p.logits) p.proposed.push_back(0.5f * (z + 0.25f * static_cast<float>(static_cast<int>(random() % 7) - 3)));
+      p.row_scale = 2.0f;
+      const std::vector<double> dz = exact(p);
+      std::vector<double> mean(p.v), share(p.v);
+      double lse = 0, true_lse = 0, drawn_lse = 0, at_random = 0, largest = 0;
+      for (int64_t j = 0; j < p.v; ++j) {
+        const float b = bias ? p.bias[j] : 0.0f;
+        const bool apart = j == 3 || j == 0 || j == 7;
+        true_lse += std::exp(double{p.logits[j]} + b);
+        drawn_lse += std::exp(double{apart ? p.logits[j] : 2.0f * p.proposed[j]} + b);
+      }
+      const int64_t starts = 2048;
+      for (int64_t i = 0; i < starts; ++i) {
+        const auto drawn = p.draw(variant, 1.0 / 64, (i << 31) / starts + 12345, type);
+        for (size_t j = 0; j < drawn.columns.size(); ++j) {
+          mean[drawn.columns[j]] += drawn.values[j] / starts;
+          share[drawn.columns[j]] += 1.0 / starts;
+        }
+        lse += double{p.lse[0]} / starts;
+        at_random += p.weights[0] / starts;
+        largest = std::max(largest, double{p.weights[1]});
+        expect(p.weights[1] * p.weights[0] >= p.weights[2] * 0.999 && p.weights[3] <= p.weights[1] * p.weights[2] * 1.001,
+               "weights agree with each other");
+      }
+      const std::string name = std::string(variant.name) + (bias ? ", bias" : "") + ", quantised";
+      expect(std::fabs(drawn_lse / true_lse - 1) > 0.1, name + ": the logits are bad");
+      expect(std::fabs(lse - std::log(true_lse)) < 0.01, name + ": the log-sum-exp");
+      double between = 0;
+      for (const double s : share) between += s < 0.999 ? s : 0.0;
+      expect(std::fabs(at_random - between) < 0.05, name + ": entries listed at random");
+      expect(largest > 1.5 && largest < 3, name + ": the largest weight");
+      for (int64_t j = 0; j < p.v; ++j) {
+        const double slack = 1.001 * dz[j] / std::max(share[j], 1.0 / starts) / starts;
+        expect(std::fabs(mean[j] - dz[j]) <= std::fabs(slack) + 0.03 * std::fabs(dz[j]), name + ": mean of column " + std::to_string(j));
+      }
+    }
+}
+
 void check_same(const Variant& variant) {
   for (const int64_t v : {8, 63, 64, 65, 1023, 1024, 1025, 5000})
     for (const int64_t start : {int64_t{0}, int64_t{77777777}, (int64_t{1} << 31) - 1}) {
@@ -284,6 +334,7 @@ int main() {
     check_mean(variant, Problem(1100, 1.0f, 5), 1.0 / 64);
     check_forms(variant);
     check_same(variant);
+    check_quantised(variant);
     check_flat(variant);
     check_weight(variant);
     std::printf("%s: done\n", variant.name);

@@ -43,11 +43,14 @@ def use(monkeypatch, name: str) -> None:
         pytest.skip("the native kernels are not built")
     if name == "triton" and not INTERPRETED:
         pytest.skip("Triton's kernels run on a CPU in its interpreter: TRITON_INTERPRET=1")
-    module = {"native": native, "torch": sampled}.get(name) or pytest.importorskip("tract_fast.loss.triton_sampled")
-    if name == "triton":  # several blocks a row although the interpreter's vocabularies are small
-        monkeypatch.setattr(module, "SCAN", 256)
-        monkeypatch.setattr(module, "BLOCK_BYTES", 1024)
-    monkeypatch.setattr(sampled, "kernels_for", lambda hidden: (module.sampled_rows, module.sampled_weight))
+    if name == "triton":
+        rows = pytest.importorskip("tract_fast.loss.triton_sampled")
+        weight = pytest.importorskip("tract_fast.loss.triton_weight")
+        monkeypatch.setattr(rows, "SCAN", 256)  # several blocks a row although the interpreter's vocabularies are small
+        monkeypatch.setattr(rows, "BLOCK_BYTES", 1024)
+    else:
+        rows = weight = {"native": native, "torch": sampled}[name]
+    monkeypatch.setattr(sampled, "kernels_for", lambda hidden: (rows.sampled_rows, weight.sampled_weight))
 
 
 @pytest.fixture(params=["triton"] if INTERPRETED else ["native", "torch"])

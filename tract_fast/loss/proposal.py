@@ -110,7 +110,7 @@ def quantize_rows(rows: Tensor, kind: str) -> Quantized:
     for i in range(0, n, max(1, step)):
         exact = rows[i : i + step].float()
         largest = exact.abs().amax(1) if width else exact.new_zeros(len(exact))
-        scale = torch.where(largest > 0, largest / LARGEST[kind], 1.0)  # of zeros any will do
+        scale = torch.where(largest == 0, 1.0, largest / LARGEST[kind])  # of zeros any will do; a NaN stays
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # 1 / scale is finite
         finite = scale.isfinite()
         scales[i : i + step] = torch.where(finite, scale, torch.nan)

@@ -206,9 +206,9 @@ def correct(
     found. Writes the logarithms of the entries' sizes but for the row's factor. (The largest logit and the sum of
     exponentials anew, the draw's variance but for the factor's square, and of the entries listed at random how many
     they are and the largest, the sum and the sum of squares of exp(z - proposed z))."""
-    peak = top
-    certain, was, drawn, drawn_was = 0.0, 0.0, 0.0, 0.0
-    spread, number, largest, weights, squares = 0.0, 0.0, 0.0, 0.0, 0.0
+    peak, none = top, tl.full((), 0.0, tl.float32)
+    certain, was, drawn, drawn_was = none, none, none, none
+    spread, number, largest, weights, squares = none, none, none, none, none
     for start in range(0, count, E):
         at = row * most + start + tl.arange(0, E)
         here = start + tl.arange(0, E) < count
@@ -249,7 +249,7 @@ def correct(
         squares += tl.sum(each * each, 0)
     tl.debug_barrier()
     rest = tl.where(others > was, others - was, 0.0)  # a NaN is found below
-    rest *= tl.where(drawn_was > 0, drawn / drawn_was, tl.exp(top - peak))
+    rest *= tl.where(drawn_was > 0, drawn / tl.where(drawn_was > 0, drawn_was, 1.0), tl.exp(top - peak))
     found = certain + rest
     good = (found > 0) & (others == others)
     return tl.where(good, peak, top), tl.where(good, found, others), spread, number, largest, weights, squares
