@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tract_fast import recipe as recipes
+from tract_fast import quick_gguf, recipe as recipes
 from tract_fast.data import prompt
 from tract_fast.data.scores import SENTENCE, ScoreScale, find_scale
 from tract_fast.errors import UserError
@@ -252,6 +252,7 @@ def export(run_dir: Path, out: Path | None = None, step: int | None = None) -> P
     return out
 
 
+@quick_gguf.kept()
 def _write_judge(run_dir: Path, source: Path, out: Path) -> None:
     recipe = recipes.load(run_dir / "recipe.yaml", [])
     tokenizer = load_tokenizer(recipe.model)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from tract_fast import quick_gguf
 from tract_fast.data import prompt as prompts
 from tract_fast.data.feedback import cut_rationale, has_score, read_label
 from tract_fast.data.scores import ScoreScale
@@ -126,6 +127,7 @@ class Judge:
         self.context = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
 
     @classmethod
+    @quick_gguf.kept()
     def from_pretrained(
         cls,
         path: str | Path,

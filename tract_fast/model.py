@@ -6,6 +6,7 @@ checkpointing -> compile; sharding follows in ``shard.py``. What cannot work is 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from tract_fast import attention, selfcheck, weights
+from tract_fast import attention, quick_gguf, selfcheck, weights
 from tract_fast.attention import hidden_states
 from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
@@ -82,10 +83,10 @@ def locate(model: Model) -> dict[str, str]:
 
 def _from_pretrained(auto_class, model: Model, what: str, **options):
     quiet()
+    source = locate(model)
     try:
-        return auto_class.from_pretrained(**locate(model), trust_remote_code=model.trust_remote_code, **options)
-    except UserError:
-        raise
+        with quick_gguf.reading() if "gguf_file" in source else contextlib.nullcontext():
+            return auto_class.from_pretrained(**source, trust_remote_code=model.trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, SafetensorError):

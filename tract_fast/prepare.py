@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tract_fast import quick_gguf
 from tract_fast.data import batch as batches, feedback, prompt
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.scores import ScoreScale, find_scale
@@ -56,6 +57,7 @@ def _fingerprint(examples: list[Encoded]) -> str:
     return digest.hexdigest()[:16]
 
 
+@quick_gguf.kept()
 def prepare(recipe: Recipe, say: Callable[[str], None] = print, device: torch.device | None = None) -> Prepared:
     """Read, split and encode the data; ``say`` receives one line per fact worth knowing. ``device``: of a machine that
     need not be this one; None: what is here. Raises UserError."""

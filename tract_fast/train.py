@@ -33,6 +33,7 @@ from tract_fast import (
     model,
     optim,
     perf,
+    quick_gguf,
     recipe as recipes,
     resume,
     shard,
@@ -95,8 +96,10 @@ def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> 
     if joined:
         follow_launcher()
         say(f"ranks: {joined.world}, started by {joined.by}")
-    data = prepare(recipe, say)  # before the ranks meet: none waits for another's tokenizer with a clock running
     with contextlib.ExitStack() as held:
+        until_loaded = held.enter_context(contextlib.ExitStack())
+        until_loaded.enter_context(quick_gguf.kept())
+        data = prepare(recipe, say)  # before the ranks meet: none waits for another's tokenizer with a clock running
         ranks = held.enter_context(
             shard.start_ranks(joined, replicate=recipe.shard.replicate, timeout=recipe.run.timeout)
         )
@@ -111,6 +114,7 @@ def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> 
             nothing_yet = (torch.nn.Module(), None, "while the model was loaded")
             with memory.watched(recipe, data, ranks.world, *nothing_yet):
                 job = assemble(recipe, ranks, data, say)
+            until_loaded.close()
             done = restore(job, agreed(start, run_dir, ranks), say)
             if ranks.is_main:
                 open_run_dir(job, done)
