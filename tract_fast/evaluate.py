@@ -33,7 +33,6 @@ from tract_fast.metrics import MEASURES, agreement, with_intervals
 from tract_fast.model import TractModel
 from tract_fast.readings import calibrated, calibration_data, readings, reliability
 from tract_fast.recipe import Recipe, Sampling
-from tract_fast.report import plot_scores
 from tract_fast.shard import Ranks, all_sum, reshard
 
 METRICS = "metrics.json"
@@ -85,6 +84,8 @@ def run(
             metrics["calibrated"] = {"fitted_on": str(calibrate), **calibrated(records, other)}
         metrics |= {"left_out": left_out, "model": model, **asdict(source), **job}
         replace_file(out / METRICS, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+        from tract_fast.report import plot_scores  # matplotlib, which training's evaluations do without
+
         plot_scores({"expected score": records}, out / "scores.png")
         return metrics
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
+import scipy  # loads scipy.stats, which takes a second, where it is first asked for
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -27,8 +27,8 @@ def _root_mean_square(predicted: np.ndarray, label: np.ndarray) -> float:
 
 MEASURES: dict[str, Measure] = {
     "pearson": _pearson,
-    "spearman": lambda predicted, label: _pearson(stats.rankdata(predicted), stats.rankdata(label)),
-    "kendall": lambda predicted, label: stats.kendalltau(predicted, label).statistic,  # tau-b
+    "spearman": lambda predicted, label: _pearson(scipy.stats.rankdata(predicted), scipy.stats.rankdata(label)),
+    "kendall": lambda predicted, label: scipy.stats.kendalltau(predicted, label).statistic,  # tau-b
     "rmse": _root_mean_square,
     "mae": lambda predicted, label: float(np.mean(np.abs(predicted - label))),
 }
@@ -95,7 +95,7 @@ def paired(
         row |= {"low": None, "high": None, "p": None}
         if value is not None and error:
             half = quantile(len(members)) * error
-            p = 2 * stats.t.sf(abs(value) / error, len(members) - 1)
+            p = 2 * scipy.stats.t.sf(abs(value) / error, len(members) - 1)
             row |= {"low": value - half, "high": value + half, "p": float(p)}
         found[name] = row
     return found
@@ -111,7 +111,7 @@ def questions_of(question: Sequence[str]) -> list[np.ndarray]:
 
 def quantile(questions: int) -> float:
     """Of Student's t, for a two-sided interval of CONFIDENCE over so many questions."""
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, questions - 1))
+    return float(scipy.stats.t.ppf((1 + CONFIDENCE) / 2, questions - 1))
 
 
 def resamples(members: Sequence[np.ndarray], *, seed: int, count: int = RESAMPLES) -> list[np.ndarray]:

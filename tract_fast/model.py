@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from tract_fast.recipe import Lora, Model, Recipe
 from tract_fast.recompute import checkpoint_activations
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+LOADING_ERRORS = (OSError, ValueError, KeyError, IndexError, ImportError, RuntimeError, SafetensorError, struct.error)
 LAYER_TYPES = {"full_attention", "sliding_attention"}  # what packed attention computes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.*")  # a folder has one of these
 
@@ -87,10 +89,12 @@ def _from_pretrained(auto_class, model: Model, what: str, **options):
     try:
         with quick_gguf.reading() if "gguf_file" in source else contextlib.nullcontext():
             return auto_class.from_pretrained(**source, trust_remote_code=model.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         if isinstance(error, SafetensorError):
             reason += " (a .safetensors file is damaged or cut short: copy it again)"
+        if isinstance(error, struct.error):
+            reason += " (the GGUF file is cut short: copy it again)"
         raise UserError(f"model.path = {model.path}: {what} cannot be loaded: {reason}") from error
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import isotonic_regression
+import scipy
 
 from tract_fast.errors import UserError
 from tract_fast.judging import PREDICTIONS, SETTINGS, draws, read_predictions
@@ -95,5 +95,5 @@ def _affine(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
 def _isotonic(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     places, index = np.unique(x, return_inverse=True)
     count = np.bincount(index)
-    fit = isotonic_regression(np.bincount(index, weights=y) / count, weights=count)
+    fit = scipy.optimize.isotonic_regression(np.bincount(index, weights=y) / count, weights=count)
     return np.interp(new, places, fit.x)
