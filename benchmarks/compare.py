@@ -34,6 +34,7 @@ OURS = (
     "sampled",
     "sampled 2^-12",
     "exact",
+    "selective",
     "exact-1",
     "lean",
     "shared",

@@ -108,7 +108,7 @@ def parts(out: Path, tiny: bool, model: Path | None = None, torch: str = "") -> 
     else:
         loss += ["--device", "cuda", "--minutes", "{minutes}"]
         step += ["--device", "cuda", "--models", "smollm2-135m", "llama-3.2-1b", "--rounds", "1"]
-        step += ["--contestants", "hf", "hf-liger", "exact", "shared"]
+        step += ["--contestants", "hf", "hf-liger", "exact", "shared", "selective"]
     step += ["--minutes", "{minutes}", "--out", str(out)] + (["--model-path", str(model)] if model else [])
     # in the checkout: nothing of the machine's Python is written to, and all parts import from here
     settings = ["env", "TRACT_FAST_REQUIRE_EXT=1", f"TRACT_FAST_TORCH={torch}"]

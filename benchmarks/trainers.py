@@ -67,17 +67,15 @@ def _sync(device: torch.device) -> None:
 
 
 def tract(
-    problem: Problem, *, gradient: str = "exact", siblings: int = 1, one_by_one: bool = False, recompute: bool = False
+    problem: Problem, *, gradient: str = "exact", siblings: int = 1, one_by_one: bool = False, recompute: str = "none"
 ) -> Iterator[Taken]:
     """tract-fast's own step. ``siblings``: feedbacks of each prompt, which then share it; ``one_by_one``: each sequence
     is a micro-batch; ``recompute``: ``train.activation_checkpointing``."""
     recipe = problem.recipe
     examples = chosen(problem.data.train, siblings)[: problem.steps * recipe.train.batch * siblings]
-    settings = replace(recipe.train, batch=recipe.train.batch * siblings)
+    settings = replace(recipe.train, batch=recipe.train.batch * siblings, activation_checkpointing=recompute)
     if one_by_one:
         settings = replace(settings, max_tokens=max(len(e.ids) for e in examples))
-    if recompute:
-        settings = replace(settings, activation_checkpointing="full")
     share = replace(recipe.data, share_prompts="auto" if siblings > 1 else "off")
     recipe = replace(recipe, train=settings, data=share, loss=replace(recipe.loss, gradient=gradient))
     with shard.start_ranks() as ranks, StopSignal(loud=False) as stop:
@@ -301,10 +299,14 @@ CONTESTANTS: dict[str, tuple[str, Callable[[Problem], Iterator[Taken]]]] = {
     "hf-liger": ("Trainer, padded, Liger", lambda p: hugging_face(p, liger=True)),
     "trl": ("TRL SFTTrainer (cross-entropy alone)", trl),
     "exact": ("tract-fast", tract),
+    "selective": (
+        "tract-fast, activation_checkpointing selective",
+        lambda p: tract(p, recompute="selective"),
+    ),
     "exact-1": ("tract-fast, a sequence at a time", lambda p: tract(p, one_by_one=True)),
     "lean": (
         "tract-fast, a sequence at a time, recomputed",
-        lambda p: tract(p, one_by_one=True, recompute=True),
+        lambda p: tract(p, one_by_one=True, recompute="full"),
     ),
     "sampled": ("tract-fast, sampled gradient", lambda p: tract(p, gradient="sampled")),
     "shared": ("tract-fast, 3 feedbacks share a prompt", lambda p: tract(p, siblings=3)),

@@ -16,7 +16,7 @@ from tract_fast.launch import StopSignal
 from tract_fast.prepare import prepare
 
 CPU = torch.device("cpu")
-OURS = {"exact": {}, "exact-1": {"one_by_one": True}, "lean": {"one_by_one": True, "recompute": True}}
+OURS = ("exact", "selective", "exact-1", "lean")
 
 
 def problem(tmp_path, **changes):
@@ -34,8 +34,8 @@ def test_all_train_alike(tmp_path, rank):
     reference = list(trainers.hugging_face(given))
     assert [t.sequences for t in reference] == [3, 3, 3]
     assert reference[0].loss == pytest.approx(trainers.float32_loss(given), rel=1e-5)
-    for name, options in OURS.items():
-        taken = list(trainers.tract(given, **options))
+    for name in OURS:
+        taken = list(trainers.CONTESTANTS[name][1](given))
         assert [t.loss for t in taken] == pytest.approx([t.loss for t in reference], rel=2e-4), name
         assert [t.flops for t in taken] == [t.flops for t in reference], name
         assert taken[0].tokens < reference[0].tokens, "padding is computed by Trainer alone"
@@ -70,14 +70,20 @@ def test_random_judgements_of_real_lengths(tmp_path, monkeypatch):
     folder = judgements.make_model("tiny", tmp_path / "tiny", CPU)
     spec = {"model": "tiny", "path": str(folder), "gguf_file": None, "data": None, "dtype": "float32", "launched": 0.0}
     spec |= {"batch": 2, "steps": 2}
-    names = ("hf", "exact", "sampled", "shared", "trl")
+    names = ("hf", "exact", "selective", "sampled", "shared", "trl")
     found = {name: [step.launch({**spec, "contestant": name})] for name in names}
     assert "tokenizer" in found["trl"][0]["not_run"] or "not installed" in found["trl"][0]["not_run"]
     rows = [step.row_of(name, "tiny", runs, peak=1e12) for name, runs in found.items()]
     float32 = step.launch({**spec, "contestant": step.FLOAT32, "steps": 1})["loss"]
     step.relate(rows, float32)
     errors = {r["contestant"]: r.get("loss_error") for r in rows}
-    assert errors["hf"] < 1e-5 and errors["exact"] < 1e-4 and errors["shared"] is None and not step.wrong(rows)
+    assert (
+        errors["hf"] < 1e-5
+        and errors["exact"] < 1e-4
+        and errors["selective"] < 1e-4
+        and errors["shared"] is None
+        and not step.wrong(rows)
+    )
     by_name = {r["contestant"]: r for r in rows}
     assert by_name["shared"]["sequences"] == 6 and by_name["exact"]["exact_time_ratio"] == 1
     _, data = judgements.random_problem("tiny", tmp_path / "again", CPU, 4)
