@@ -91,6 +91,11 @@ def test_version(capsys):
         ),
         (["plan", "r.yaml", "--gpus", "0"], "--gpus 0: must be 1 or more"),
         (["plan", "r.yaml", "--mfu", "1.5"], "--mfu 1.5: must be a share of the peak, above 0 and at most 1"),
+        (["plan", "r.yaml", "--gpus", "two"], "--gpus two: must be a whole number, such as 8"),
+        (["plan", "r.yaml", "--mfu", "half"], "--mfu half: must be a number, such as 0.4"),
+        (["plan", "r.yaml", "--mfu", "nan"], "--mfu nan: must be a share of the peak"),
+        (["plan", "r.yaml", "--dry-run"], "--dry-run is a flag of train; leave it out: plan trains nothing"),
+        (["run", "r.yaml", "--dry_run"], "--dry-run is a flag of train; tract-fast plan RECIPE trains nothing"),
         (["plan", "r.yaml", "--gpuss", "2"], "--gpuss: no such setting"),
         (
             ["plan", "r.yaml", "--gpus", "3", "--shard.replicate", "2"],

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from tests.tiny import tiny_tokenizer
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import estimate, forecast, gpus, perf, planning, recipe as recipes
+from tract_fast import estimate, fitting, forecast, gpus, memory, perf, planning, recipe as recipes, trace
 from tract_fast.cli import main
 from tract_fast.errors import UserError
 from tract_fast.estimate import Target
@@ -76,15 +76,44 @@ def test_what_does_not_fit_is_told_with_what_would_help(capsys, tmp_path, big):
         "shard.cpu_offload true (",
     ]
     places = [text.index(s) for s in (*advice, "lora.rank 8 (adapters instead of all weights) (about")]
-    assert places == sorted(places)
+    assert places == sorted(places) and "GiB less, still " in text and " GiB too much)" in text
+
+
+def test_advice_after_memory_ran_out_traces_little(big, monkeypatch):
+    """Whether each remedy fits is told, and a train.max_tokens above the longest example's, without a search."""
+    recipe = replace(big, lora=replace(big.lora, rank=8))
+    target = Target(device=torch.device("cuda"), world=1, gpu=gpus.called("l4-24gb"), here=False)
+    data = prepare(recipe, lambda text: None, target.device)
+    traces = []
+    peak = trace.peak
+    monkeypatch.setattr(trace, "peak", lambda *args, **options: traces.append(args) or peak(*args, **options))
+    told = memory.remedies(recipe, data, target)
+    tokens, rest = re.search(r"train.max_tokens (\d+) \(([^)]*)\)", told).groups()
+    assert fitting.longest_of(data) < int(tokens) < recipe.train.max_tokens and rest.endswith("GiB less, fits")
+    assert told.count(", fits)") + told.count("GiB too much") == told.count("GiB less")
+    assert len(traces) <= 2 * 9, "at most two micro-batches for each of what is tried"
+
+
+def test_few_micro_batches_stand_for_all(big):
+    """Every size is within 1% of its largest in one of those that are traced."""
+    step = planned(replace(big, train=replace(big.train, max_tokens=700, batch=64))).step
+    every = [m for ranks in step.packed for rank in ranks for m in rank]
+    for masked in (False, True):
+        found = step.largest(masked=masked)
+        for size in (
+            (lambda m: m.layout.tokens, lambda m: m.rows, lambda m: m.pairs()) if masked else (lambda m: m.rows,)
+        ):
+            assert max(map(size, found)) >= 0.99 * max(map(size, every))
+        assert len(found) <= (3 if masked else 2) < len(every)
 
 
 def test_what_fits_of_what_does_not(capsys, tmp_path, big):
     """With LoRA it is the activations that are too many."""
     text = printed(capsys, tmp_path, big, "--gpu", "l4-24gb", "--lora.rank", "8")
-    assert "DOES NOT FIT" in text and "in this order: train.activation_checkpointing full (about" in text
+    assert "DOES NOT FIT" in text and "in this order: train.activation_checkpointing selective (about" in text
+    (offered,) = re.findall(r"train.max_tokens (\d+) \(about \d+\.\d\d of \d+\.\d\d GiB less, fits\)", text)
     (most,) = re.findall(r"largest micro-batch that fits: train.max_tokens (\d+)$", text, re.MULTILINE)
-    more = str(int(most) + planning.MULTIPLE)
+    more = str(int(most) + fitting.MULTIPLE)
     for tokens, told in ((most, "GiB: fits"), (more, "GiB: DOES NOT FIT")):
         assert told in printed(
             capsys, tmp_path, big, "--gpu", "l4-24gb", "--lora.rank", "8", "--train.max_tokens", tokens
@@ -98,12 +127,40 @@ def test_without_a_gpu(capsys, tmp_path):
     assert "no times: no rates are stated for this machine" in text and "hours" not in text
 
 
-def test_stated_rates_are_of_bfloat16(capsys, tmp_path):
+def test_float32_has_its_own_rate(capsys, tmp_path):
     recipe = tiny_recipe(tmp_path)
     text = printed(capsys, tmp_path, recipe, "--gpu", "h100-80gb")
-    assert "no times: stated rates are of bfloat16 and model.dtype is float32: give --model.dtype bfloat16" in text
+    assert "40% of 67 TFLOP/s (float32 without tensor cores; --mfu)" in text
     text = printed(capsys, tmp_path, recipe, "--gpu", "h100-80gb", "--run.peak_tflops", "60")
     assert "40% of 60 TFLOP/s (run.peak_tflops; --mfu)" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.178, "0.18 s"), (4.26, "4.3 s"), (89, "89 s"), (91, "1.5 min"), (5399, "90 min"), (5401, "1.5 h")]
+    + [(200_000, "56 h"), (2e7, "5,556 h"), (0, "0 s")],
+)
+def test_durations_have_the_unit_that_suits(seconds, told):
+    assert planning.duration(seconds) == told
+
+
+def test_times_are_told_in_their_units(capsys, tmp_path):
+    text = printed(capsys, tmp_path, tiny_recipe(tmp_path, model__dtype="bfloat16"), "--gpu", "h100-80gb")
+    assert re.search(r"^ +\d\S* s  stage 1, 6 steps$", text, re.MULTILINE) and " h  " not in text
+
+
+def test_offloaded_weights_are_told_of_the_host(capsys, tmp_path, big):
+    """Weights, gradients and AdamW's two averages in float32, a rank's share of each."""
+    options = ("--gpus", "4", "--gpu", "h100-80gb")
+    text = printed(capsys, tmp_path, big, *options, "--shard.cpu_offload", "true")
+    weights = planned(big).sizes.weights
+    (a_rank, node) = map(
+        float, re.findall(r"GiB|(\d+\.\d\d) GiB (?:a rank|for 4 on a node)", text.split("host memory")[1])[:2]
+    )
+    assert a_rank == pytest.approx(16 * weights / 4 / gpus.GIB, rel=0.01) and node == pytest.approx(
+        4 * a_rank, abs=0.03
+    )
+    assert "host memory" not in printed(capsys, tmp_path, big, *options)
 
 
 def test_one_stage(capsys, tmp_path):
@@ -128,7 +185,7 @@ def test_largest_is_the_largest(tiny, share):
     whole = replace(recipe, train=replace(recipe.train, max_tokens=4096))
     limit = int(share * estimate.needed(whole, data, target).total)
     found = estimate.needed(recipe, data, target)
-    most, all_of_it = planning.largest(recipe, data, target, limit, found)
+    most, all_of_it = fitting.largest(recipe, data, target, limit, found)
 
     def total(tokens):
         changed = replace(recipe, train=replace(recipe.train, max_tokens=tokens))
@@ -138,11 +195,11 @@ def test_largest_is_the_largest(tiny, share):
     if most is None:
         assert total(longest) > limit
         return
-    assert total(most) <= limit and (most % planning.MULTIPLE == 0 or most == longest)
+    assert total(most) <= limit and (most % fitting.MULTIPLE == 0 or most == longest)
     if all_of_it:
         assert total(2 * most) == total(most)
     else:
-        assert total(most - most % planning.MULTIPLE + planning.MULTIPLE) > limit
+        assert total(most - most % fitting.MULTIPLE + fitting.MULTIPLE) > limit
 
 
 @pytest.fixture(scope="module")
@@ -220,13 +277,28 @@ def test_generation_ends_with_the_longest_of_a_batch(big):
     settings = replace(big.generate, batch=16, n=2)
     found = forecast.generation(made.sizes, replace(big, generate=settings), made.data.train, rates)
     lengths = [len(e.ids) - e.prompt_len for e in made.data.train]
-    longest = sum(max(lengths[i : i + 8]) for i in range(0, 256, 8))
+    order = sorted(made.data.train, key=lambda e: (-e.prompt_len, e.ids[: e.prompt_len].tobytes()))
+    longest = sum(max(len(e.ids) - e.prompt_len for e in order[i : i + 8]) for i in range(0, 256, 8))
     assert found.rationales == 512 and found.tokens == 2 * sum(lengths)
     assert found.seconds > longest * 8 * forecast.HOST
     short = forecast.generation(
         made.sizes, replace(big, generate=replace(settings, max_new_tokens=3)), made.data.train, rates
     )
     assert short.tokens == 512 * 3 and short.seconds < found.seconds
+
+
+def test_prompts_of_a_batch_are_computed_once(tmp_path, monkeypatch):
+    """As generation does; the draws of a prompt share it, too."""
+    write_data(tmp_path / "data.jsonl", n=24, siblings=3)
+    recipe = tiny_recipe(tmp_path, data__holdout=0.0)
+    made = planned(replace(recipe, generate=replace(recipe.generate, batch=24, n=2)))
+    seen = []
+    forward = perf.Work.forward
+    monkeypatch.setattr(perf.Work, "forward", lambda work, q, k: seen.append(q) or forward(work, q, k))
+    forecast.generation(made.sizes, made.recipe, made.data.train, forecast.Rates.of(H100, None, 0.4))
+    different = {e.ids[: e.prompt_len].tobytes(): e.prompt_len for e in made.data.train}
+    assert len(seen) == 2 and len(different) == 8
+    assert sum(map(sum, seen)) == sum(different.values()), "three siblings are in one batch"
 
 
 def test_the_second_stage_trains_on_what_was_written(tmp_path):
@@ -243,7 +315,8 @@ def test_gpus_have_names_of_their_own():
     for gpu in gpus.GPUS:
         stated = int(gpu.name.rpartition("-")[2].removesuffix("gb")) if gpu.name else 0
         assert 0.9 * stated * gpus.GIB <= gpu.memory <= stated * gpus.GIB, "a little less than the name says"
-        assert bool(gpu.name) == bool(gpu.bandwidth) == bool(gpu.link)
+        assert bool(gpu.name) == bool(gpu.bandwidth) == bool(gpu.link) == bool(gpu.single)
+        assert gpu.single < gpu.peak
 
 
 @pytest.mark.parametrize(
@@ -279,7 +352,7 @@ def test_a_machine_that_is_here(monkeypatch, tmp_path):
     properties = type("Properties", (), {"total_memory": 7})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     target = planning.target_of(tiny_recipe(tmp_path), None, None)
-    assert target.gpu is None and planning.room(target) == 7 and "unknown kind" in planning.described(target)
+    assert target.gpu is None and fitting.room(target) == 7 and "unknown kind" in planning.described(target)
 
 
 def test_help_needs_no_torch():
@@ -297,6 +370,7 @@ def test_blocks_that_are_computed_again(setting, share):
 def test_ranks_without_work_are_told(tmp_path, capsys):
     recipe = tiny_recipe(tmp_path, model__dtype="bfloat16")
     text = printed(capsys, tmp_path, recipe, "--gpus", "6", "--gpu", "h100-80gb", "--train.batch", "4")
+    assert "micro-batches a step over 6 ranks (first" in text
     assert "2 of 6 ranks have nothing to do: raise train.batch" in text
     text = printed(capsys, tmp_path, recipe, "--gpus", "4", "--gpu", "h100-80gb", "--train.batch", "4")
     assert "nothing to do" not in text

@@ -17,19 +17,11 @@ from typing import Annotated
 
 import tyro
 
-from tract_fast import __version__, launch, recipe as recipes
+from tract_fast import __version__, launch, recipe as recipes, words
 from tract_fast.errors import PeerLost, RunStopped, UserError
 from tract_fast.recipe import Generate, Sampling
 
 PROG = "tract-fast"
-# flags without a value
-SWITCHES = {"--help", "-h", "--dry-run", "--dry_run", "--teacher-forced", "--teacher_forced", "--skip"}
-OWN_FLAGS = {  # besides the settings of a recipe
-    "train": ("dry_run", "help"),
-    "run": ("until", "from", "help"),
-    "plan": ("gpus", "gpu", "mfu", "help"),
-}
-LISTS = {"--drop"}  # flags with one value or more
 
 
 def train(
@@ -74,9 +66,9 @@ def run(
 def plan(
     recipe: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RECIPE")],
     settings: Annotated[object, tyro.conf.arg(name="", constructor_factory=recipes.flags)],
-    gpus: Annotated[int | None, tyro.conf.arg(metavar="N")] = None,
+    gpus: Annotated[str | None, tyro.conf.arg(metavar="N")] = None,
     gpu: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None,
-    mfu: Annotated[float, tyro.conf.arg(metavar="SHARE")] = 0.4,
+    mfu: Annotated[str, tyro.conf.arg(metavar="SHARE")] = "0.4",
 ) -> int:
     """What a run will need: memory and when it is highest, time of a step and of both stages, settings that fit.
 
@@ -89,10 +81,12 @@ def plan(
         gpu: Their name, such as h100-80gb (a wrong one lists all); what is here if not given.
         mfu: Share of a GPU's arithmetic peak that is taken for reached: an assumption, not a measurement.
     """
+    count = None if gpus is None else words.number("--gpus", gpus, int, "8")
+    share = words.number("--mfu", mfu, float, "0.4")
     resolved = recipes.build(recipe, recipes.overrides(settings))
     from tract_fast import planning
 
-    return planning.run(resolved, gpu=gpu, count=gpus, mfu=mfu)
+    return planning.run(resolved, gpu=gpu, count=count, mfu=share)
 
 
 def export(
@@ -291,17 +285,6 @@ COMMANDS = {
     "demo": demo,
     "doctor": doctor,
 }
-WORDS = {  # what a command takes besides flags, as it is told to who leaves it out; those in brackets may be left out
-    "train": ("a recipe: tract-fast train RECIPE.yaml", 1, 1),
-    "run": ("a recipe: tract-fast run RECIPE.yaml", 1, 1),
-    "plan": ("a recipe: tract-fast plan RECIPE.yaml", 1, 1),
-    "export": ("a run: tract-fast export RUN_DIR", 1, 1),
-    "generate": ("a judge and data: tract-fast generate MODEL DATA", 2, 2),
-    "evaluate": ("a judge and data: tract-fast evaluate MODEL DATA", 2, 2),
-    "report": ("a folder of runs: tract-fast report DIR", 1, 1),
-    "compare": ("two evaluations: tract-fast compare A B", 2, 2),
-    "score": ("a judge: tract-fast score MODEL [FILE]", 1, 2),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -348,33 +331,10 @@ def _dispatch(argv: list[str]) -> int:
     elif command not in COMMANDS:
         raise UserError(f"{command} is no command{_meant(command)}; {PROG} --help lists them")
     else:
-        if command in OWN_FLAGS:
-            recipes.check_flags(argv[1:], OWN_FLAGS[command])
-        _check_words(command, argv[1:])
+        words.check_flags(command, argv[1:])
+        words.check_words(command, argv[1:])
         return tyro.cli(COMMANDS[command], prog=f"{PROG} {command}", args=argv[1:], use_underscores=True)
     return 0
-
-
-def _check_words(command: str, argv: list[str]) -> None:
-    """Raise UserError where a word that a command takes is missing, or there are more."""
-    wanted, least, most = WORDS.get(command, ("", 0, 0))
-    words, flag = [], ""  # the flag that takes the next word
-    for word in argv:
-        if word != "-" and word.startswith("-"):
-            flag = word if word.startswith("--") and "=" not in word and word not in SWITCHES else ""
-        elif not flag:
-            words.append(word)
-        elif flag not in LISTS:
-            flag = ""
-    if {"--help", "-h"} & set(argv):
-        return
-    if len(words) < least:
-        raise UserError(f"{command} needs {wanted}")
-    surplus = words[most:]
-    if surplus:
-        raise UserError(
-            f"{' '.join(surplus)}: one word too many for {command}; a setting is written --section.key VALUE"
-        )
 
 
 def _overview() -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tract_fast import gpus, optim, recipe as recipes, trace
+from tract_fast.attention import DOCUMENTS
 from tract_fast.data import batch as batches, prompt
 from tract_fast.data.prompt import Encoded
 from tract_fast.data.tree import Layout
@@ -33,6 +34,7 @@ CPU_FRAGMENTATION = 1.2  # of the activations, held by malloc beside them: measu
 CUDA_CONTEXT = 0.6 * GIB  # the driver's context and kernels: assumed
 NCCL_BUFFERS = 0.5 * GIB  # with several ranks: assumed
 CUDA_FRAGMENTATION = 0.05  # of the tensors, kept by the caching allocator beside them: assumed
+NEAR = 0.99  # of the largest size of a micro-batch: another one is not traced for the rest
 PLANNED_STEPS = 200  # at most this many steps are packed for the plan's averages
 ORDER = (trace.WEIGHTS, trace.STATE, GRADIENTS, REDUCED, GATHERED, ACTIVATIONS, trace.LOSS, trace.BACKWARD, trace.REST)
 
@@ -90,6 +92,7 @@ class StepPlan:
 
     steps: int
     epochs: float
+    ranks: int
     micro_batches: float  # per step and all ranks, on average
     tokens_per_step: float
     max_tokens: int
@@ -100,12 +103,19 @@ class StepPlan:
     several: bool  # some rank has more than one micro-batch in a step
     packed: list[list[list[Micro]]] = field(repr=False)  # of each step that was planned: of each rank
 
-    def largest(self) -> list[Micro]:
-        """The micro-batches that may need the most memory: one of them has the most tokens, one the most rows, ..."""
+    def largest(self, *, masked: bool = True) -> list[Micro]:
+        """The micro-batches that may need the most memory: each size (tokens, rows, gathered keys, and with ``masked``
+        attention pairs of query and key) is in one of them at most 1% below its largest."""
         every = [micro for step in self.packed for rank in step for micro in rank]
-        sizes = [(m.layout.tokens, m.rows, m.keys(), m.pairs()) for m in every]
-        found = [max(range(len(every)), key=lambda i, k=k: (sizes[i][k], sizes[i])) for k in range(4)]
-        return [every[i] for i in dict.fromkeys(found)]
+        sizes = [(m.layout.tokens, m.rows, m.keys(), *([m.pairs()] if masked else [])) for m in every]
+        needed = [NEAR * max(size) for size in zip(*sizes, strict=True)]
+        found, open_sizes = [], set(range(len(needed)))
+        while open_sizes:  # one that is near the largest in several ways spares a trace for each
+            reached = [{k for k in open_sizes if size[k] >= needed[k]} for size in sizes]
+            best = max(range(len(every)), key=lambda i: (len(reached[i]), sizes[i]))
+            found.append(every[best])
+            open_sizes -= reached[best]
+        return found
 
 
 def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Sharing | None = None) -> StepPlan:
@@ -123,6 +133,7 @@ def plan(recipe: Recipe, examples: list[Encoded], world: int = 1, sharing: Shari
     every = [micro for step in packed for rank in step for micro in rank]
     return StepPlan(
         steps=steps,
+        ranks=world,
         epochs=steps / batches.steps_per_epoch(len(examples), settings.batch),
         micro_batches=len(every) / len(packed),
         tokens_per_step=sum(m.layout.tokens for m in every) / len(packed),
@@ -143,6 +154,8 @@ class Memory:
     tensors: dict[str, int]
     moment: str
     beside: dict[str, int]
+    host: int = 0
+    """Of host memory, beside all of it, where weights, gradients and AdamW's state are there (shard.cpu_offload)."""
 
     @property
     def total(self) -> int:
@@ -170,7 +183,8 @@ def place_of(recipe: Recipe, data: Prepared, target: Target, sharing: Sharing) -
 def memory(recipe: Recipe, data: Prepared, target: Target, step: StepPlan, sharing: Sharing) -> Memory:
     """What a rank needs in the steps of ``step``, from the second on."""
     place = place_of(recipe, data, target, sharing)
-    peaks = [trace.peak(recipe, data, m.examples, place, several=step.several) for m in step.largest()]
+    micros = step.largest(masked=place.attention == DOCUMENTS)
+    peaks = [trace.peak(recipe, data, m.examples, place, several=step.several) for m in micros]
     peak = max(peaks, key=lambda p: p.total)
     tensors = {name: peak.parts[name] for name in ORDER if peak.parts.get(name)}
     if target.device.type == "cpu":
@@ -181,7 +195,7 @@ def memory(recipe: Recipe, data: Prepared, target: Target, step: StepPlan, shari
         "NCCL's buffers (assumed)": NCCL_BUFFERS if target.world > 1 else 0,
         f"kept by the allocator ({CUDA_FRAGMENTATION:.0%}, assumed)": CUDA_FRAGMENTATION * peak.total,
     }
-    return Memory(tensors, peak.moment, {name: int(size) for name, size in beside.items() if size})
+    return Memory(tensors, peak.moment, {name: int(size) for name, size in beside.items() if size}, peak.host)
 
 
 def needed(recipe: Recipe, data: Prepared, target: Target) -> Memory:
@@ -210,8 +224,8 @@ def describe_steps(recipe: Recipe, data: Prepared, step: StepPlan) -> str:
     sequences = min(recipe.train.batch, len(data.train))
     return (
         f"{step.steps} steps = {step.epochs:.2f} epochs of {len(data.train)} examples; {sequences} sequences, "
-        f"{step.tokens_per_step:.0f} tokens and {step.micro_batches:.1f} micro-batches a step "
-        f"(first {step.planned} steps packed)"
+        f"{step.tokens_per_step:.0f} tokens and {step.micro_batches:.1f} micro-batches a step over "
+        f"{step.ranks} rank{'s' if step.ranks > 1 else ''} (first {step.planned} steps packed)"
     )
 
 

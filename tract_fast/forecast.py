@@ -38,10 +38,13 @@ class Rates:
     told: str
 
     @classmethod
-    def of(cls, gpu: Gpu, peak_tflops: float | None, mfu: float) -> Rates:
-        """Shares of what is stated of ``gpu``; ``peak_tflops``: ``run.peak_tflops``, instead of its own."""
-        peak = gpu.peak if peak_tflops is None else peak_tflops * 1e12
-        source = "dense bfloat16" if peak_tflops is None else "run.peak_tflops"
+    def of(cls, gpu: Gpu, peak_tflops: float | None, mfu: float, *, dtype: str = "bfloat16") -> Rates:
+        """Shares of what is stated of ``gpu`` for ``model.dtype``; ``peak_tflops``: ``run.peak_tflops``, instead of its
+        own. In float32 products are PyTorch's own, without TF32."""
+        peak = gpu.peak if dtype == "bfloat16" else gpu.single
+        source = "dense bfloat16" if dtype == "bfloat16" else "float32 without tensor cores"
+        if peak_tflops is not None:
+            peak, source = peak_tflops * 1e12, "run.peak_tflops"
         told = (
             f"{mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s ({source}; --mfu), {MEMORY:.0%} of "
             f"{gpu.bandwidth / 1e12:.2f} TB/s of memory, {LINK:.0%} of {gpu.link / 1e9:.0f} GB/s between GPUs; "
@@ -173,14 +176,16 @@ class Generation:
 
 def generation(sizes: Sizes, recipe: Recipe, examples: Sequence[Encoded], rates: Rates) -> Generation:
     """Written by transformers, ``generate.batch`` at a time, each as long as the data's own (at most
-    ``generate.max_new_tokens``); a batch goes on until its longest has ended."""
+    ``generate.max_new_tokens``); a batch goes on until its longest has ended. As in ``judging``, the longest prompts
+    come first, equal ones one after another, and those of a batch are computed once."""
     settings, width = recipe.generate, DTYPES[recipe.model.dtype].itemsize
     at_once = max(1, settings.batch // settings.n)
     seconds = tokens = 0.0
-    for i in range(0, len(examples), at_once):
-        part = examples[i : i + at_once]
+    order = sorted(examples, key=lambda e: (-e.prompt_len, e.ids[: e.prompt_len].tobytes()))
+    for i in range(0, len(order), at_once):
+        part = order[i : i + at_once]
         lengths = [min(len(e.ids) - e.prompt_len, settings.max_new_tokens) for e in part]
-        prompts = [e.prompt_len for e in part]
+        prompts = [len(ids) for ids in {tuple(e.ids[: e.prompt_len].tolist()) for e in part}]
         sequences, longest = len(part) * settings.n, max(lengths)
         read = width * (sizes.weights + sizes.cache * sequences * (max(prompts) + longest / 2))
         products = 2 * sizes.weights * sequences

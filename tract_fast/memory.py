@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tract_fast import estimate, perf, resume
+from tract_fast import estimate, fitting, perf, resume
 from tract_fast.errors import RunStopped
-from tract_fast.estimate import Target
+from tract_fast.estimate import Memory, Target
 from tract_fast.gpus import GIB
 from tract_fast.prepare import Prepared
 from tract_fast.recipe import Recipe
@@ -81,17 +81,27 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
-def remedies(recipe: Recipe, data: Prepared, target: Target) -> str:
-    """The settings that lower the estimate, each with what it saves: those first that leave the result as it is, which
-    a run that has a checkpoint can go on with."""
-    now = estimate.needed(recipe, data, target).total
+def remedies(recipe: Recipe, data: Prepared, target: Target, now: Memory | None = None, most: int | None = None) -> str:
+    """The settings that lower the estimate, each with what it saves and, where the GPU's memory is known, whether the
+    run then fits: those first that leave the result as it is, which a run that has a checkpoint can go on with.
+
+    ``now``: the estimate as it is, and ``most``: the largest train.max_tokens that fits, where they are at hand.
+    """
+    now = (now or estimate.needed(recipe, data, target)).total
+    limit = fitting.room(target)
     same, other = [], []
-    longest = max(len(e.ids) for e in [*data.train, *data.held_out])
-    for setting, changed, ranks in changes(recipe, longest, target):
-        saved = now - estimate.needed(changed, data, replace(target, world=ranks)).total
-        if saved <= 0.01 * now:
+    for setting, changed, ranks in changes(recipe, fitting.longest_of(data), target):
+        then = estimate.needed(changed, data, replace(target, world=ranks)).total
+        if changed.train.max_tokens != recipe.train.max_tokens and limit is not None:
+            tokens = most or fitting.between(recipe, data, target, limit, now, then)
+            if changed.train.max_tokens < tokens < recipe.train.max_tokens:
+                changed = fitting.with_tokens(recipe, tokens)
+                setting, then = f"train.max_tokens {tokens}", estimate.needed(changed, data, target).total
+        if now - then <= 0.01 * now:
             continue
-        told = f"about {saved / GIB:.2f} of {now / GIB:.2f} GiB less"
+        told = f"about {(now - then) / GIB:.2f} of {now / GIB:.2f} GiB less"
+        if limit is not None:
+            told += ", fits" if then <= limit else f", still {(then - limit) / GIB:.2f} GiB too much"
         if resume.refused(recipe, changed):
             other.append(f"{setting} ({told}; another result: in another run.dir)")
         else:
@@ -107,6 +117,9 @@ def changes(recipe: Recipe, longest: int, target: Target) -> Iterator[tuple[str,
     def changed(section: str, **values) -> Recipe:
         return replace(recipe, **{section: replace(getattr(recipe, section), **values)})
 
+    if train.activation_checkpointing == "none":  # costs little time, and saves half of what the next one does
+        selective = changed("train", activation_checkpointing="selective")
+        yield "train.activation_checkpointing selective", selective, world
     if train.activation_checkpointing != "full":
         yield "train.activation_checkpointing full", changed("train", activation_checkpointing="full"), world
     if train.max_tokens > longest:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 
-from tract_fast import estimate, forecast, gpus, memory, trace
+from tract_fast import estimate, fitting, forecast, gpus, memory, trace
 from tract_fast.errors import UserError
 from tract_fast.estimate import Memory, StepPlan, Target
 from tract_fast.forecast import Sizes
@@ -22,7 +22,6 @@ from tract_fast.prepare import Prepared, prepare
 from tract_fast.recipe import Recipe
 from tract_fast.sharing import Sharing
 
-MULTIPLE = 256  # tokens that train.max_tokens is rounded down to
 MODES = ("none", "selective", "full")  # of train.activation_checkpointing, to compare
 
 
@@ -60,6 +59,13 @@ def run(recipe: Recipe, *, gpu: str | None, count: int | None, mfu: float) -> in
     found = estimate.memory(recipe, data, target, made.step, made.sharing)
     console.rule(f"memory of one rank at its peak: in the {found.moment}")
     console.print(estimate.memory_table(recipe, found, made.place.loss))
+    if found.host:
+        node = min(target.world, forecast.NODE)
+        console.print(
+            f"host memory (shard.cpu_offload): {found.host / GIB:.2f} GiB a rank, {node * found.host / GIB:.2f} GiB "
+            f"for {node} on a node: weights, gradients and AdamW state; their pages are locked",
+            markup=False,
+        )
     for line in about_memory(made, found):
         console.print(line, markup=False)
     console.rule("time")
@@ -114,13 +120,6 @@ def described(target: Target) -> str:
     return f"{target.world} x {name}{' (here)' if target.here else ''}"
 
 
-def room(target: Target) -> int | None:
-    """Bytes of memory of one GPU; None where that is not known."""
-    if target.device.type == "cuda" and target.here:
-        return torch.cuda.get_device_properties(target.device).total_memory
-    return int(target.gpu.memory) if target.gpu and target.gpu.memory else None
-
-
 def about_memory(plan: Plan, found: Memory) -> Iterator[str]:
     """The peak by checkpointing mode, whether it fits, the largest micro-batch, what would help."""
     recipe, data, target = plan.recipe, plan.data, plan.target
@@ -131,54 +130,20 @@ def about_memory(plan: Plan, found: Memory) -> Iterator[str]:
             peaks[mode] = estimate.memory(changed, data, target, plan.step, plan.sharing)
     told = ", ".join(f"{mode} {peak.total / GIB:.2f}" for mode, peak in peaks.items())
     yield f"in all by train.activation_checkpointing, GiB: {told}"
-    limit = room(target)
+    limit = fitting.room(target)
     if limit is None:
         yield "not compared with a GPU: none is named or known"
         return
     fits = found.total <= limit
     yield f"{found.total / GIB:.2f} of {limit / GIB:.1f} GiB: {'fits' if fits else 'DOES NOT FIT'}"
-    most, whole = largest(recipe, data, target, limit, found)
+    most, whole = fitting.largest(recipe, data, target, limit, found)
     if most is None:
-        longest = max(len(e.ids) for e in [*data.train, *data.held_out])
-        yield f"not even the longest example fits by itself (train.max_tokens {longest})"
+        yield f"not even the longest example fits by itself (train.max_tokens {fitting.longest_of(data)})"
     else:
         rest = ", a rank's whole step in one micro-batch: more changes nothing" if whole else ""
         yield f"largest micro-batch that fits: train.max_tokens {most}{rest}"
     if not fits:
-        yield memory.remedies(recipe, data, target)
-
-
-def largest(recipe: Recipe, data: Prepared, target: Target, limit: int, found: Memory) -> tuple[int | None, bool]:
-    """(the largest train.max_tokens whose memory is at most ``limit``, whether a step has no more tokens than that).
-
-    A multiple of MULTIPLE, or the longest example; None where that does not fit. ``found``: memory as the recipe is.
-    """
-    longest = max(len(e.ids) for e in [*data.train, *data.held_out])
-
-    def fits(tokens: int) -> bool:
-        if tokens == recipe.train.max_tokens:
-            return found.total <= limit
-        changed = replace(recipe, train=replace(recipe.train, max_tokens=tokens))
-        return estimate.needed(changed, data, target).total <= limit
-
-    low, high = -(-longest // MULTIPLE), -(-most_tokens(recipe, data, target) // MULTIPLE)
-    high = max(low, high)
-    if fits(high * MULTIPLE):
-        return high * MULTIPLE, True
-    if not fits(low * MULTIPLE):
-        return (longest if fits(longest) else None), False
-    while high - low > 1:  # low fits, high does not
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * MULTIPLE) else (low, middle)
-    return low * MULTIPLE, False
-
-
-def most_tokens(recipe: Recipe, data: Prepared, target: Target) -> int:
-    """Tokens of the fullest step of a rank, what is shared counted each time: with as many in a micro-batch, each rank
-    has one."""
-    whole = replace(recipe, train=replace(recipe.train, max_tokens=sum(len(e.ids) for e in data.train)))
-    step = estimate.plan(whole, data.train, target.world, estimate.sharing_of(whole, data, target))
-    return max(sum(len(e.ids) for e in micro.examples) for ranks in step.packed for rank in ranks for micro in rank)
+        yield memory.remedies(recipe, data, target, now=found, most=most)
 
 
 def about_time(plan: Plan) -> Iterator[str]:
@@ -196,17 +161,26 @@ def about_time(plan: Plan) -> Iterator[str]:
     )
     if gpu is None or not gpu.bandwidth:
         yield "no times: no rates are stated for this machine: name a GPU with --gpu"
-    elif recipe.model.dtype != "bfloat16" and recipe.run.peak_tflops is None:
-        yield (
-            f"no times: stated rates are of bfloat16 and model.dtype is {recipe.model.dtype}: give --model.dtype "
-            "bfloat16, or the device's in float32 with --run.peak_tflops"
-        )
     else:
-        yield from hours(plan, forecast.Rates.of(gpu, recipe.run.peak_tflops, plan.mfu), flops, sent)
+        rates = forecast.Rates.of(gpu, recipe.run.peak_tflops, plan.mfu, dtype=recipe.model.dtype)
+        yield from hours(plan, rates, flops, sent)
+
+
+def duration(seconds: float) -> str:
+    """In the unit that suits: 0.18 s, 4.5 min, 31 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{told(seconds / size)} {unit}"
+    return f"{told(seconds)} s"
+
+
+def told(number: float) -> str:
+    """Two digits that count, and all before the point: 0.083, 4.5, 1,200."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
 
 
 def hours(plan: Plan, rates: forecast.Rates, flops: forecast.Flops, sent: forecast.Traffic) -> Iterator[str]:
-    """Seconds of a step, hours of the stages, and what they rest on."""
+    """A step, the stages, and what their times rest on."""
     recipe, sizes, world = plan.recipe, plan.sizes, plan.target.world
     ways = max(1, world // recipe.shard.replicate)
     each = forecast.step_time(sizes, flops, sent, rates, ways=ways, calls=plan.step.calls)
@@ -224,8 +198,8 @@ def hours(plan: Plan, rates: forecast.Rates, flops: forecast.Flops, sent: foreca
         if recipe.generate.backend != "auto":
             notes.append(f"generate.backend = {recipe.generate.backend} has other times")
     for name, seconds in {**parts, "in all": sum(parts.values())}.items():
-        yield f"  {seconds / 3600:10.3f} h  {name}"
-    yield f"{world * sum(parts.values()) / 3600:.3f} GPU-hours, where all {world} are held throughout"
+        yield f"  {duration(seconds):>10}  {name}"
+    yield f"{told(world * sum(parts.values()) / 3600)} GPU-hours, where all {world} are held throughout"
     yield f"assumed, not measured: {rates}"
     if world > forecast.NODE:
         notes.append(f"the link between nodes is slower than that of {forecast.NODE} GPUs, which is taken here")

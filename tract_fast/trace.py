@@ -56,6 +56,8 @@ class Peak:
 
     parts: dict[str, int]
     moment: str
+    host: int = 0
+    """Bytes of host memory, where weights are offloaded."""
 
     @property
     def total(self) -> int:
@@ -138,7 +140,8 @@ def peak(recipe: Recipe, data: Prepared, examples: Sequence[Encoded], place: Pla
     del out
     ledger.moment = "the update of the weights"
     ledger.touch(1, REST)
-    return Peak({name: size for name, size in ledger.peak.items() if size}, ledger.peak_moment)
+    on_host = sum(split.shard(p) * (size + (4 + 2 * 4) * p.requires_grad) for p, size in stored.items()) if host else 0
+    return Peak({name: size for name, size in ledger.peak.items() if size}, ledger.peak_moment, on_host)
 
 
 def _hold_state(ledger: Ledger, stored: dict[nn.Parameter, int], split: Split) -> None:
