@@ -100,10 +100,8 @@ def test_few_micro_batches_stand_for_all(big):
     every = [m for ranks in step.packed for rank in ranks for m in rank]
     for masked in (False, True):
         found = step.largest(masked=masked)
-        for size in (
-            (lambda m: m.layout.tokens, lambda m: m.rows, lambda m: m.pairs()) if masked else (lambda m: m.rows,)
-        ):
-            assert max(map(size, found)) >= 0.99 * max(map(size, every))
+        sizes = [lambda m: m.layout.tokens, lambda m: m.rows, *([lambda m: m.pairs()] if masked else [])]
+        assert all(max(map(size, found)) >= 0.99 * max(map(size, every)) for size in sizes)
         assert len(found) <= (3 if masked else 2) < len(every)
 
 
@@ -113,6 +111,7 @@ def test_what_fits_of_what_does_not(capsys, tmp_path, big):
     assert "DOES NOT FIT" in text and "in this order: train.activation_checkpointing selective (about" in text
     (offered,) = re.findall(r"train.max_tokens (\d+) \(about \d+\.\d\d of \d+\.\d\d GiB less, fits\)", text)
     (most,) = re.findall(r"largest micro-batch that fits: train.max_tokens (\d+)$", text, re.MULTILINE)
+    assert offered == most, "the same is advised"
     more = str(int(most) + fitting.MULTIPLE)
     for tokens, told in ((most, "GiB: fits"), (more, "GiB: DOES NOT FIT")):
         assert told in printed(
@@ -153,13 +152,9 @@ def test_offloaded_weights_are_told_of_the_host(capsys, tmp_path, big):
     """Weights, gradients and AdamW's two averages in float32, a rank's share of each."""
     options = ("--gpus", "4", "--gpu", "h100-80gb")
     text = printed(capsys, tmp_path, big, *options, "--shard.cpu_offload", "true")
-    weights = planned(big).sizes.weights
-    (a_rank, node) = map(
-        float, re.findall(r"GiB|(\d+\.\d\d) GiB (?:a rank|for 4 on a node)", text.split("host memory")[1])[:2]
-    )
-    assert a_rank == pytest.approx(16 * weights / 4 / gpus.GIB, rel=0.01) and node == pytest.approx(
-        4 * a_rank, abs=0.03
-    )
+    a_rank, node = map(float, re.search(r"offload\): (\S+) GiB a rank, (\S+) GiB for 4 on a node", text).groups())
+    assert a_rank == pytest.approx(16 * planned(big).sizes.weights / 4 / gpus.GIB, rel=0.01)
+    assert node == pytest.approx(4 * a_rank, abs=0.03)
     assert "host memory" not in printed(capsys, tmp_path, big, *options)
 
 
