@@ -124,6 +124,19 @@ def compare(old: Mapping[Key, Ratio], new: Mapping[Key, Ratio], tolerance: float
     return sorted(changes)
 
 
+def load(path: Path) -> dict[str, Any]:
+    """A benchmark's JSON. Ends the program where the file holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SystemExit(f"{path}: not a benchmark's result, which is JSON ({error})") from error
+    sections = list(found.values()) if isinstance(found, dict) else []
+    rows = [row for section in sections for row in (section if isinstance(section, list) else [section])]
+    if not sections or not all(isinstance(row, dict) for row in rows):
+        raise SystemExit(f"{path}: not a benchmark's result, which has lists of rows and what they were measured with")
+    return found
+
+
 def files(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
     """Pairs to compare."""
     if new.is_file():
@@ -138,12 +151,12 @@ def files(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
 
 def committed(new: Path, results: Path = RESULTS) -> Path | None:
     """The folder of committed results for the device of ``new``; None where there is none."""
-    measured = {path.name: json.loads(path.read_text()) for path in ([new] if new.is_file() else new.glob("*.json"))}
+    measured = {path.name: load(path) for path in ([new] if new.is_file() else new.glob("*.json"))}
     fits: list[tuple[int, float, Path]] = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
         same, apart = 0, 0.0
         for name, ours in measured.items():
-            theirs = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+            theirs = load(folder / name) if (folder / name).is_file() else {}
             if device_of(ours) is not None and device_of(theirs) == device_of(ours):
                 same += 1
                 apart += abs(math.log(bare_time(theirs, ours)))
@@ -171,7 +184,7 @@ def failures(found: Mapping[str, Any]) -> list[str]:
 
 def show(old: Path, new: Path, tolerance: float) -> list[Change]:
     """Print one pair of files; returns the changes."""
-    before, after = (ratios(json.loads(path.read_text())) for path in (old, new))
+    before, after = (ratios(load(path)) for path in (old, new))
     changes = compare(before, after, tolerance)
     print(f"{new.name}: {len(changes)} ratios against {old}")
     for c in changes:
@@ -201,7 +214,7 @@ def main() -> int:
         return 0
     pairs = list(files(old, new))
     changes = [change for pair in pairs for change in show(*pair, args.tolerance)]
-    broken = [told for _, path in pairs for told in failures(json.loads(path.read_text()))]
+    broken = [told for _, path in pairs for told in failures(load(path))]
     if not changes:
         raise SystemExit(f"{old} and {new} have no ratio in common: nothing was compared")
     worse = [c for c in changes if c.flagged]

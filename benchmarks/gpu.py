@@ -9,7 +9,7 @@ matplotlib, rich, pytest and hypothesis. ``WHEELS=folder`` brings others: wheels
 All of it ends after ``--minutes``: a part gets its share of the time that is left, what it does not use goes to those
 after it, and one that does not end is ended (SIGINT, then SIGKILL) and told. The parts of ``--only`` have all the time.
 Results go to ``benchmarks/results/<device>/``: a text per part, JSON, PNG and summary.md. Without a GPU nothing is run;
-``--rehearse`` runs every part on the CPU, as small as can be, into a temporary folder.
+``--rehearse`` runs every part on the CPU, as small as can be, into a temporary folder that is removed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -205,6 +206,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results/<device>")
     args = parser.parse_args()
+    if not (math.isfinite(args.minutes) and args.minutes > 0):
+        parser.error(f"--minutes {args.minutes}: must be a number above 0, such as 9")
     deadline = time.monotonic() + 60 * args.minutes
     found = probe()
     if not found.get("gpu") and not args.rehearse:
@@ -219,9 +222,16 @@ def main() -> int:
         )
         print(f"make gpu: {what} ({why}), so nothing is run; {sys.executable} is asked (PYTHON=... for another)")
         return int(there or "error" in found)
-    name = "rehearsal" if args.rehearse else slug(found["gpu"])
-    folder = Path(tempfile.mkdtemp(prefix="tract-fast-gpu-")) if args.rehearse else ROOT / "benchmarks/results" / name
-    out = (args.out or folder).resolve()
+    if args.rehearse and not args.out:
+        with tempfile.TemporaryDirectory(prefix="tract-fast-gpu-") as folder:
+            code = measure(args, found, Path(folder), deadline)
+        print("its results are removed; to keep them: --out DIR")
+        return code
+    return measure(args, found, (args.out or ROOT / "benchmarks/results" / slug(found["gpu"])).resolve(), deadline)
+
+
+def measure(args: argparse.Namespace, found: dict[str, str | None], out: Path, deadline: float) -> int:
+    """Run the parts into ``out`` and tell of them; returns the exit code. ``found``: of ``probe``."""
     out.mkdir(parents=True, exist_ok=True)
     wheels = os.environ.get("WHEELS")
     results = run_all([wheel_part(Path(wheels))], out, min(deadline, time.monotonic() + 60)) if wheels else []

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import judgements
 from tract_fast import doctor, recipe as recipes, shard, train
+from tract_fast.errors import UserError
 from tract_fast.launch import StopSignal
 from tract_fast.prepare import prepare
 
@@ -155,6 +156,13 @@ def table(rows: list[dict]) -> str:
 
 
 def main() -> None:
+    try:
+        run()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("--model", choices=judgements.CONFIGS, help="random weights and tokens instead of a recipe")
@@ -165,11 +173,12 @@ def main() -> None:
         raise SystemExit(f"--steps {args.steps}: must be 1 or more")
     if (args.recipe is None) is (args.model is None):
         raise SystemExit("give a recipe, or --model")
+    given = None if args.model else recipes.load(args.recipe, settings)
     with tempfile.TemporaryDirectory() as scratch, shard.start_ranks() as ranks:
         if args.model:
             recipe, data = judgements.random_problem(args.model, Path(scratch), ranks.device, args.steps + 2)
         else:
-            recipe = recipes.load(args.recipe, settings)
+            recipe = given
             data = prepare(recipe, lambda line: None)
         job = train.assemble(recipe, ranks, data, print)
         if job.total < args.steps + 2:

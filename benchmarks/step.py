@@ -259,6 +259,8 @@ def main() -> None:
         return
     if min(args.steps, args.rounds, args.batch) < 1:
         raise SystemExit("--steps, --rounds and --batch must be 1 or more")
+    if not args.minutes > 0:
+        raise SystemExit(f"--minutes {args.minutes}: must be a number above 0, such as 9")
     end = time.monotonic() + 60 * args.minutes
     device = shard.local_device()
     if args.device and args.device != device.type:

@@ -162,3 +162,20 @@ def test_the_committed_folder_of_the_same_device(monkeypatch, tmp_path, capsys):
     assert compare.committed(tmp_path) is None
     assert run(monkeypatch, tmp_path) == 0
     assert "no results are committed for this device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "step 1", "[1, 2]", "3", "{}", '{"rows": [1]}', '{"rows": [], "versions": 3}', '{"step": 1}\n{"step": 2}'],
+)
+@pytest.mark.parametrize("place", ["old", "new", "alone"])
+def test_what_is_no_result_is_told(monkeypatch, tmp_path, text, place):
+    good, bad = tmp_path / "good.json", tmp_path / "bad.json"
+    good.write_text(json.dumps(STEP))
+    bad.write_text(text)
+    with pytest.raises(SystemExit, match=r"bad.json: not a benchmark's result"):
+        run(monkeypatch, *{"old": (bad, good), "new": (good, bad), "alone": (bad,)}[place])
+
+
+def test_every_committed_file_can_be_read():
+    assert all(compare.load(path) for path in RESULTS.glob("*/*.json"))

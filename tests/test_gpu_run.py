@@ -109,6 +109,25 @@ def test_exit_code_and_summary(monkeypatch, tmp_path, capsys, code, exit_code):
     assert "a / b" in text and "not installed: " in text and text in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("code", ["print('x')", "raise SystemExit(1)"])
+def test_a_rehearsal_leaves_nothing_behind(monkeypatch, tmp_path, capsys, code):
+    monkeypatch.setattr(gpu, "parts", lambda *_, **__: [python("one", code)])
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", "--minutes", "1"])
+    monkeypatch.setattr(gpu.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("WHEELS", raising=False)
+    assert gpu.main() == ("Exit" in code)
+    printed = capsys.readouterr().out
+    assert "| one |" in printed and "to keep them: --out DIR" in printed and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("minutes", ["nan", "0", "-1", "inf"])
+def test_minutes_are_some(monkeypatch, capsys, minutes):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--rehearse", f"--minutes={minutes}"])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 2 and "must be a number above 0, such as 9" in capsys.readouterr().err
+
+
 def test_every_part_can_be_planned(tmp_path):
     """Their files and flags are there: a benchmark that does not know a flag would find out on the GPU machine."""
     for tiny in (False, True):

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import judgements, parts, step, trainers
 from tests.tiny_runs import tiny_recipe, write_data
-from tract_fast import shard, train
+from tract_fast import recipe as recipes, shard, train
 from tract_fast.launch import StopSignal
 from tract_fast.prepare import prepare
 
@@ -163,6 +163,23 @@ def test_the_benchmarks_help():
     for name in ("step", "parts"):
         done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "Writes" in done.stdout, done.stderr
+
+
+def test_a_bad_recipe_is_told_by_parts(tmp_path, monkeypatch):
+    """What cannot work, and what comes to light when data is read: one line."""
+    (tmp_path / "bad.yaml").write_text("model: {pth: x}")
+    (tmp_path / "lost.yaml").write_text(recipes.dump(tiny_recipe(tmp_path, data__train=str(tmp_path / "lost.json"))))
+    for name, told in (("bad", "error: model.pth .*no such setting"), ("lost", "error: data.train: .*no such file")):
+        monkeypatch.setattr(sys, "argv", ["parts", str(tmp_path / f"{name}.yaml"), "--out", str(tmp_path)])
+        with pytest.raises(SystemExit, match=told):
+            parts.main()
+
+
+@pytest.mark.parametrize("minutes", ["nan", "0", "-1"])
+def test_minutes_are_some(monkeypatch, minutes):
+    monkeypatch.setattr(sys, "argv", ["step", f"--minutes={minutes}"])
+    with pytest.raises(SystemExit, match="must be a number above 0"):
+        step.main()
 
 
 def test_committed_lengths():
