@@ -108,7 +108,7 @@ def test_few_micro_batches_stand_for_all(big):
 def test_what_fits_of_what_does_not(capsys, tmp_path, big):
     """With LoRA it is the activations that are too many."""
     text = printed(capsys, tmp_path, big, "--gpu", "l4-24gb", "--lora.rank", "8")
-    assert "DOES NOT FIT" in text and "in this order: train.activation_checkpointing selective (about" in text
+    assert "DOES NOT FIT" in text and "in this order: train.activation_checkpointing full (about" in text
     (offered,) = re.findall(r"train.max_tokens (\d+) \(about \d+\.\d\d of \d+\.\d\d GiB less, fits\)", text)
     (most,) = re.findall(r"largest micro-batch that fits: train.max_tokens (\d+)$", text, re.MULTILINE)
     assert offered == most, "the same is advised"
