@@ -12,9 +12,11 @@ namespace tract_fast {
   namespace variant {               \
   extern const Kernels float32_kernels, bfloat16_kernels; \
   extern const SampledKernels sampled_float32, sampled_bfloat16; \
+  extern const LeanKernels lean_float32, lean_bfloat16; \
   }
 #define TRACT_FAST_KERNELS(variant) \
-  variant::float32_kernels, variant::bfloat16_kernels, variant::sampled_float32, variant::sampled_bfloat16
+  variant::float32_kernels, variant::bfloat16_kernels, variant::sampled_float32, variant::sampled_bfloat16, \
+      variant::lean_float32, variant::lean_bfloat16
 TRACT_FAST_DECLARE(portable)
 #ifdef TRACT_FAST_X86
 TRACT_FAST_DECLARE(avx2)

@@ -70,14 +70,17 @@ struct Kernels {
 };
 
 struct SampledKernels;  // sampled.h
+struct LeanKernels;     // lean.h
 
 struct Variant {
   const char* name;
   bool (*runs_here)();
   const Kernels &float32, &bfloat16;
   const SampledKernels &sampled_float32, &sampled_bfloat16;
+  const LeanKernels &lean_float32, &lean_bfloat16;
   const Kernels& of(Type type) const { return type == Type::float32 ? float32 : bfloat16; }
   const SampledKernels& sampled(Type type) const { return type == Type::float32 ? sampled_float32 : sampled_bfloat16; }
+  const LeanKernels& lean(Type type) const { return type == Type::float32 ? lean_float32 : lean_bfloat16; }
 };
 
 // All that were compiled in, the fastest first.

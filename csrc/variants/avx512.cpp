@@ -1,3 +1,4 @@
 #define TRACT_FAST_VARIANT avx512
 #include "../row_pass_kernels.h"
 #include "../sampled_kernels.h"
+#include "../lean_kernels.h"
