@@ -21,7 +21,18 @@ from tests.operators import Called
 from tests.ranks import trained_steps
 from tests.tiny_models import FAMILIES, tiny_lm
 from tests.tiny_runs import metrics, tiny_recipe, write_data
-from tract_fast import attention, checkpoint, linear_tract_loss, model, optim, selfcheck, selftest, shard, train
+from tract_fast import (
+    attention,
+    checkpoint,
+    elementwise,
+    linear_tract_loss,
+    model,
+    optim,
+    selfcheck,
+    selftest,
+    shard,
+    train,
+)
 from tract_fast.attention import DOCUMENTS, VARLEN
 from tract_fast.data.tree import lay_out
 from tract_fast.loss import sampled
@@ -283,6 +294,34 @@ def test_liger_is_applied_where_it_runs(device, tmp_path):
     assert any(line.startswith("liger: norm, RoPE" if applied else "liger: off") for line in lines)
     forwards = {type(m).__name__: m.forward.__qualname__ for m in built.modules() if "RMSNorm" in type(m).__name__}
     assert forwards and all(("Liger" in name) == applied for name in forwards.values()), forwards
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_what_keeps_less_has_the_same_gradient(device, dtype, offset):
+    """Norm, gated product and a layer that has its input computed again, against plain formulas in float64."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((70, 96), (96,), (192, 96), (96, 96), (70, 96))
+    x, scale, wide, down, upstream = (torch.randn(shape, generator=draw).to(device, dtype) for shape in shapes)
+
+    def ours(x, scale, wide, down):
+        y = elementwise.rms_norm(x, scale, 1e-5, offset)
+        gate, up = (elementwise.linear(y, w) for w in wide.chunk(2))
+        return elementwise.linear(elementwise.gated_product(gate, up, "silu"), down)
+
+    def plain(x, scale, wide, down):
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (scale + offset)
+        gate, up = (y @ w.T for w in wide.chunk(2))
+        return (torch.nn.functional.silu(gate) * up) @ down.T
+
+    found = []
+    for function, kind in ((ours, dtype), (plain, torch.float64)):
+        leaves = [t.detach().to(kind).requires_grad_() for t in (x, scale, wide, down)]
+        out = function(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, upstream.to(kind))])
+    for mine, exact in zip(*found, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - exact).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * exact.norm()
 
 
 def test_adamw_is_fused_and_follows_its_formula(device):

@@ -13,6 +13,7 @@ CHANGES = {
     "reference": {"loss__implementation": "reference"},
     "sdpa": {"model__attention": "sdpa"},
     "liger": {"model__liger": "off"},
+    "lean": {"model__lean": "off"},
     "tracker": {"train__trackers": ("tensorboard",)},
     "compiled": {"train__compile": True},
 }

@@ -19,6 +19,7 @@ import torch
 from tract_fast import __version__, attention, machine, optim, selfcheck, selftest, vllm
 from tract_fast.errors import UserError
 from tract_fast.head import choose_loss
+from tract_fast.lean import choose_lean
 from tract_fast.loss import native
 from tract_fast.loss.choice import runs_triton
 from tract_fast.loss.tuning import autotunes
@@ -84,9 +85,17 @@ def choices(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
             yield f"loss, {gradient}, {short}", partial(with_reason, loss)
     yield "row pass", partial(describe_row_pass, device)
     yield "liger", lambda: choose_liger(Model(path="any").liger, device)[1]
+    yield "lean", partial(describe_lean, device)
     yield "compiled code", partial(describe_compiler, device)
     yield "optimizer", partial(describe_optimizer, device)
     yield "generation", partial(describe_generation, Generate().backend)
+
+
+def describe_lean(device: torch.device) -> str:
+    """What norms and gated MLPs of a model are computed by; a run says which of them."""
+    applied, reason = choose_lean(Model(path="any").lean, Train().compile)
+    by = "C++" if device.type == "cpu" and native.missing() is None else "PyTorch operations"
+    return f"RMSNorm and gated MLP keep less for backward, by {by}" if applied else reason
 
 
 def with_reason(choose: Callable[[], tuple[str, str]]) -> str:

@@ -1,11 +1,11 @@
 """RMSNorm and the gated product of transformer blocks, keeping little for backward.
 
-``rms_norm`` keeps its input and a number a row, ``gated_product`` its two arguments. What they give is not kept either
-by a ``linear`` that reads it: its backward has it computed again, which is cheap, from what the two keep. C++ on the CPU
-(``csrc/lean.h``), PyTorch operations elsewhere. T tokens, D width, I inner width.
+``rms_norm`` keeps its input and a number a row, ``gated_product`` its two arguments. What they give is not kept
+either by a ``linear`` that reads it: its backward has it computed again, which is cheap, from what the two keep. C++ on
+the CPU (``csrc/lean.h``), PyTorch operations elsewhere. D width, I inner width.
 
-Where activation checkpointing is around them, what they keep goes through its hooks, so that a block is computed again
-at the first use and as far as the gated product; not ``linear``'s own arguments, which are parameters and these results.
+Inside activation checkpointing what the two keep goes through its hooks: a block is computed again at the first use, as
+far as its gated product. A ``linear``'s own arguments do not: they are parameters, and results of these.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, device_
 
 
 def gated_product(gate: Tensor, up: Tensor, activation: str, device_type: str | None = None) -> Tensor:
-    """``act(gate) * up``, both (..., I) of one dtype; ``activation`` is one of ``ACTIVATIONS``. ``device_type``: the one
-    that tensors on meta stand for. Raises ValueError where shapes or dtypes differ.
+    """``act(gate) * up``, both (..., I) of one dtype; ``activation`` is one of ``ACTIVATIONS``. ``device_type``: the
+    one that tensors on meta stand for. Raises ValueError where shapes or dtypes differ.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise ValueError(f"gate is {tuple(gate.shape)} in {gate.dtype}, and up {tuple(up.shape)} in {up.dtype}")

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from tract_fast import attention, quick_gguf, selfcheck, weights
+from tract_fast import attention, lean, quick_gguf, selfcheck, weights
 from tract_fast.attention import hidden_states
 from tract_fast.data.batch import Batch
 from tract_fast.data.scores import ScoreScale
@@ -301,6 +301,8 @@ def build(
     if applied:
         _apply_liger(lm)
         _apply_liger(twin)
+    if lean.choose_lean(recipe.model.lean, recipe.train.compile)[0]:
+        lean.apply(twin, device, dtype)
     softcap, logit_scale = logit_transform(config)
     say(selfcheck.packing(twin, dtype, name, softcap, logit_scale, share))
     if share:
@@ -310,7 +312,7 @@ def build(
     if device.type == "cuda":  # the twin is gone: neither its memory nor its peak counts
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    model = completed(lm, recipe, scale)
+    model = completed(lm, recipe, scale, device, say)
     if recipe.train.compile:
         for block in model.blocks:
             block.compile(dynamic=True)
@@ -322,10 +324,16 @@ def build(
     return model
 
 
-def completed(lm: nn.Module, recipe: Recipe, scale: ScoreScale) -> TractModel:
-    """``lm``, with storage or without, as the recipe trains it: LoRA, the head that returns losses, recomputation."""
+def completed(
+    lm: nn.Module, recipe: Recipe, scale: ScoreScale, device: torch.device, say: Callable[[str], None]
+) -> TractModel:
+    """``lm``, with storage or without, as the recipe trains it on ``device``: LoRA, norms and MLPs that keep less, the
+    head that returns losses, recomputation."""
+    dtype = DTYPES[recipe.model.dtype]
     if recipe.lora.rank:
-        add_lora(lm, recipe.lora, DTYPES[recipe.model.dtype], recipe.train.seed)
+        add_lora(lm, recipe.lora, dtype, recipe.train.seed)
+    applied, reason = lean.choose_lean(recipe.model.lean, recipe.train.compile)
+    say(f"lean: {lean.apply(lm, device, dtype) if applied else reason}")
     lm.set_output_embeddings(_head(lm.get_output_embeddings(), recipe, scale, *logit_transform(lm.config)))
     model = TractModel(lm)
     checkpoint_activations(lm, model.blocks, recipe.train.activation_checkpointing)

@@ -28,6 +28,7 @@ SAME_RESULT = (
     "loss.implementation",
     "model.attention",
     "model.liger",
+    "model.lean",
 )
 
 

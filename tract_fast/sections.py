@@ -47,6 +47,8 @@ class Model:
     """Run Python code that comes with the model."""
     liger: Literal["auto", "off"] = "auto"
     """Liger's kernels for norm, RoPE and SwiGLU where they are installed."""
+    lean: Literal["auto", "off"] = "auto"
+    """RMSNorm and gated MLP keep less for backward and compute it again; auto where they are known and not compiled."""
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "model.path", repr(self.path), "must name a folder or a hub model")

@@ -77,7 +77,8 @@ def outline(recipe: Recipe, data: Prepared, place: Place) -> TractModel:
     AttentionInterface.register(ON_META, kernel)
     stored = DTYPES[recipe.model.dtype] if recipe.lora.rank else torch.float32
     name = ON_META if place.attention == DOCUMENTS else VARLEN  # of flash-attn, which keeps the same
-    return completed(weights.skeleton(recipe.model, data.config, stored, name), recipe, data.scale)
+    lm = weights.skeleton(recipe.model, data.config, stored, name)
+    return completed(lm, recipe, data.scale, place.device, say=lambda line: None)
 
 
 def fused(device_type: str, q, k, v, attn_mask=None, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
