@@ -125,8 +125,9 @@ def test_cpp_is_pytorch(monkeypatch, dtype, variant):
     for name, (f, inputs) in functions.items():
         assert all(map(torch.equal, ours[name], again[name])), name
         plain = results(f, inputs, dy)
+        step = torch.finfo(dtype).eps * (0.1 if name == "norm" else 0.5)  # PyTorch rounds the activation, too
         for error in errors(ours[name], [t.double() for t in plain], plain):
-            assert error <= bound(0, dtype) * 2, name
+            assert error <= step + 8 * torch.finfo(torch.float32).eps, name
 
 
 def test_nothing_to_compute_and_what_does_not_fit():

@@ -35,7 +35,7 @@ def dynamic(recipe, data, world):
 
 @pytest.mark.parametrize("name", CASES)
 def test_predicted_is_measured(name, tmp_path):
-    """Tensors at the peak; a prediction for other checkpointing would be out of bounds."""
+    """Tensors at the peak; a prediction for what else could be kept for backward would be out of bounds."""
     if CASES[name][3] > 1 and torch.cuda.is_available():
         pytest.skip("the fake process group is of CPU tensors")
     command = [sys.executable, "-m", "tests.measured", name, str(tmp_path)]
@@ -48,8 +48,9 @@ def test_predicted_is_measured(name, tmp_path):
     print(f"{name}: predicted {predicted / 2**20:.1f} MiB, measured {measured['peak'] / 2**20:.1f}, in the {moment}")
     assert abs(predicted - measured["peak"]) <= TOLERANCE * measured["peak"]
     assert abs(held - measured["held"]) <= 0.01 * held
-    mode = "full" if recipe.train.activation_checkpointing in ("none", "selective") else "none"
-    other = replace(recipe, train=replace(recipe.train, activation_checkpointing=mode))
+    mode = "full" if recipe.train.activation_checkpointing == "selective" else "none"
+    train = replace(recipe.train, activation_checkpointing=mode)
+    other = replace(recipe, model=replace(recipe.model, lean="off"), train=train)
     wrong, _, _ = dynamic(other, data, CASES[name][3])
     assert abs(wrong - measured["peak"]) > 2 * TOLERANCE * measured["peak"]
 
@@ -116,13 +117,14 @@ def test_memory_grows_with_what_is_in_a_micro_batch(tiny, a, b, mode):
 def test_ranks_divide_what_they_hold(tiny, doublings, rank):
     recipe, data = tiny
     recipe = replace(recipe, lora=replace(recipe.lora, rank=rank))
-    few, many = (
-        estimate.needed(recipe, data, replace(estimate.this_machine(1), world=2**n)).tensors
-        for n in (doublings - 1, doublings)
-    )
+    found = [
+        estimate.needed(recipe, data, replace(estimate.this_machine(1), world=2**n)) for n in (doublings - 1, doublings)
+    ]
+    few, many = (f.tensors for f in found)
     for what in (trace.WEIGHTS, trace.STATE):
         assert few[what] / 2 <= many[what] <= few[what]
-    assert many[ACTIVATIONS] <= few[ACTIVATIONS]
+    if found[0].moment == found[1].moment:
+        assert many[ACTIVATIONS] <= few[ACTIVATIONS]
 
 
 def test_moments(tiny):
