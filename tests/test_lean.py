@@ -243,6 +243,18 @@ def test_checkpointing_computes_no_product_that_it_does_not_need():
     assert counts[0] == counts[1] == 2 + 6
 
 
+@pytest.mark.skipif(not NATIVE, reason="the native kernels are not built")
+def test_a_norm_is_computed_again_once_for_all_that_read_it():
+    from tests.operators import Called
+
+    pair, _ = norm_and_mlp()
+    out = run(pair, torch.randn(7, 24, requires_grad=True))
+    with Called() as called:
+        out.sum().backward()
+    names = [f.name().partition("::")[2] for f in called.operators if f.namespace == "tract_fast"]
+    assert sorted(names) == ["gated", "gated_backward", "rms_norm", "rms_norm_backward"]
+
+
 def test_a_copy_computes_with_its_own_weights():
     pair, _ = norm_and_mlp()
     other = copy.deepcopy(pair)
