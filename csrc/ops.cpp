@@ -348,7 +348,7 @@ int64_t release_op() {
 std::string variant_op() { return chosen().name; }
 
 // Raised whenever the operators change; tract_fast/loss/native.py expects the same number.
-int64_t abi_op() { return 4; }
+int64_t abi_op() { return 5; }
 
 }  // namespace
 }  // namespace tract_fast

@@ -20,7 +20,7 @@ from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 REFUSED = "must be portable, or avx2, avx512 or avx512bf16 where this processor has them; unset it for the best"
-ABI = 4  # of the operators in csrc/ops.cpp
+ABI = 5  # of the operators in csrc/ops.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 OF_THE_CPU = ("rms_norm", "rms_norm_backward", "gated", "gated_backward")  # they write into what they are given
 
