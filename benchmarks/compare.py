@@ -34,6 +34,7 @@ OURS = (
     "sampled",
     "sampled 2^-12",
     "exact",
+    "lean-off",
     "selective",
     "exact-1",
     "lean",

@@ -67,17 +67,24 @@ def _sync(device: torch.device) -> None:
 
 
 def tract(
-    problem: Problem, *, gradient: str = "exact", siblings: int = 1, one_by_one: bool = False, recompute: str = "none"
+    problem: Problem,
+    *,
+    gradient: str = "exact",
+    siblings: int = 1,
+    one_by_one: bool = False,
+    recompute: str = "none",
+    lean: str = "auto",
 ) -> Iterator[Taken]:
     """tract-fast's own step. ``siblings``: feedbacks of each prompt, which then share it; ``one_by_one``: each sequence
-    is a micro-batch; ``recompute``: ``train.activation_checkpointing``."""
+    is a micro-batch; ``recompute``: ``train.activation_checkpointing``; ``lean``: ``model.lean``."""
     recipe = problem.recipe
     examples = chosen(problem.data.train, siblings)[: problem.steps * recipe.train.batch * siblings]
     settings = replace(recipe.train, batch=recipe.train.batch * siblings, activation_checkpointing=recompute)
     if one_by_one:
         settings = replace(settings, max_tokens=max(len(e.ids) for e in examples))
     share = replace(recipe.data, share_prompts="auto" if siblings > 1 else "off")
-    recipe = replace(recipe, train=settings, data=share, loss=replace(recipe.loss, gradient=gradient))
+    loss, model = replace(recipe.loss, gradient=gradient), replace(recipe.model, lean=lean)
+    recipe = replace(recipe, train=settings, data=share, loss=loss, model=model)
     with shard.start_ranks() as ranks, StopSignal(loud=False) as stop:
         job = train.assemble(recipe, ranks, replace(problem.data, train=examples), lambda line: None)
         if siblings > 1 and job.sharing.share is None:
@@ -299,9 +306,10 @@ CONTESTANTS: dict[str, tuple[str, Callable[[Problem], Iterator[Taken]]]] = {
     "hf-liger": ("Trainer, padded, Liger", lambda p: hugging_face(p, liger=True)),
     "trl": ("TRL SFTTrainer (cross-entropy alone)", trl),
     "exact": ("tract-fast", tract),
+    "lean-off": ("tract-fast, model.lean off", lambda p: tract(p, lean="off")),
     "selective": (
-        "tract-fast, activation_checkpointing selective",
-        lambda p: tract(p, recompute="selective"),
+        "tract-fast, model.lean off, activation_checkpointing selective",
+        lambda p: tract(p, lean="off", recompute="selective"),
     ),
     "exact-1": ("tract-fast, a sequence at a time", lambda p: tract(p, one_by_one=True)),
     "lean": (
