@@ -14,7 +14,7 @@ from benchmarks import compare
 from benchmarks.compare import Ratio, ratios
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-NO_RATIOS = ("sampled-training", "parts")
+NO_RATIOS = ("sampled-training", "parts", "proposal")
 FILES = sorted(p for p in RESULTS.glob("*/*.json") if not p.name.startswith(NO_RATIOS))
 STEP = {
     "versions": {"device": "CPU", "dtype": "bfloat16"},
