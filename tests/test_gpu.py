@@ -207,7 +207,8 @@ def test_steps_are_those_of_a_cpu(device, monkeypatch, tmp_path, change, dtype):
     got, want = load_file(found), load_file(expected)
     tolerance = TOLERANCE[getattr(torch, dtype)]
     assert_near(got, want, "grad.", tolerance)
-    assert_near(got, want, "weight.", tolerance)
+    # AdamW's first steps are as long as lr where a gradient is nearly 0, too: rounding decides their signs
+    assert_near(got, want, "weight.", 2 * tolerance if dtype == "bfloat16" else tolerance)
     torch.testing.assert_close(got["records"], want["records"], rtol=tolerance, atol=tolerance)
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["Judge", "__version__", "linear_tract_loss"]
+__all__ = ["Judge", "__version__", "linear_tract_loss", "quantize_weight"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "linear_tract_loss":
-        from tract_fast.loss import linear_tract_loss
+    if name in ("linear_tract_loss", "quantize_weight"):
+        from tract_fast import loss
 
-        return linear_tract_loss
+        return getattr(loss, name)
     if name == "Judge":
         from tract_fast.judge import Judge
 

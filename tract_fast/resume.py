@@ -26,6 +26,7 @@ SAME_RESULT = (
     "train.compile",
     "train.trackers",
     "loss.implementation",
+    "loss.proposal",  # other draws of the same gradient
     "model.attention",
     "model.liger",
     "model.lean",

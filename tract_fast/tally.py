@@ -15,9 +15,8 @@ from tract_fast.loss.proposal import beyond_limit
 from tract_fast.recipe import Recipe
 
 # Of a micro-batch: loss, negative log-likelihoods, squared and absolute score errors, score masses, tokens, entries of
-# a sampled gradient, its added variance and the effective share of a proposal's draws (both times the rows), whether
-# its weights are beyond the limit.
-OF_MICRO_BATCH = ("loss", "nll", "squared", "absolute", "mass", "tokens", "entries", "added", "effective", "beyond")
+# a sampled gradient, its added variance times the rows, whether the weights of a proposal are beyond the limit.
+OF_MICRO_BATCH = ("loss", "nll", "squared", "absolute", "mass", "tokens", "entries", "added", "beyond")
 OF_RANK = (
     "flops",
     "stopping",
@@ -27,18 +26,19 @@ NAMES = (*OF_MICRO_BATCH, *OF_RANK)
 
 
 def of_micro_batch(out: TractLoss | SampledTractLoss, batch: batches.Batch) -> tuple[Tensor, Tensor]:
-    """(float64 sums named ``OF_MICRO_BATCH``, () largest weight of a proposal), on the device."""
+    """(float64 sums named ``OF_MICRO_BATCH``, (2,) the largest weight of a proposal and minus its effective share, of
+    which the largest are wanted), on the device."""
     error = out.expected_score - batch.score_targets
     none = error.new_zeros(())
     parts = [out.loss.detach(), out.nll.sum(), error.square().sum(), error.abs().sum(), out.score_mass.sum()]
     parts.append(none + (batch.input_ids.shape[1] if len(batch.score_rows) else 0))  # an empty one is a stand-in
-    largest = none + 1
+    largest, share = none + 1, none + 1
     if isinstance(out, SampledTractLoss):
-        rows, largest, share = len(out.nll), out.largest_weight, out.effective_share
-        parts += [out.entries.sum(), out.added_variance * rows, share * rows, beyond_limit(largest, share)]
+        largest, share = out.largest_weight, out.effective_share
+        parts += [out.entries.sum(), out.added_variance * len(out.nll), beyond_limit(largest, share)]
     else:
-        parts += [none] * 4
-    return torch.stack([p.double() for p in parts]), largest
+        parts += [none] * 3
+    return torch.stack([p.double() for p in parts]), torch.stack([largest, -share]).double()
 
 
 def record(found: dict[str, float], recipe: Recipe, examples: Sequence[Encoded]) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def record(found: dict[str, float], recipe: Recipe, examples: Sequence[Encoded])
     sampled = recipe.loss.gradient == "sampled"
     drawn = {"entries": found["entries"] / rows, "added_variance": found["added"] / rows} if sampled else {}
     if recipe.loss.proposal != "none":
-        drawn |= {"largest_weight": found["largest"], "effective_share": found["effective"] / rows}
+        drawn |= {"largest_weight": found["largest"], "effective_share": -found["smallest"]}
     return {
         "loss": found["loss"],
         "ce": found["nll"] / sum(batches.ce_tokens(e, recipe.loss.score_ce) for e in examples),

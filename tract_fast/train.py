@@ -309,7 +309,7 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
     if recipe.loss.proposal != "none":
         of_proposal = {"redone": found["beyond"] > 0}
     if found["beyond"]:  # all ranks see the same sums; the draws of the second time have the same seeds
-        weights = {name: found[name] for name in ("largest", "effective")}
+        weights = {name: found[name] for name in ("largest", "smallest")}
         job.optimizer.zero_grad()
         with job.model.head.without_proposal():
             found, norm_of_gradient = forward_backward(job, step, taken, of_rank)
@@ -340,12 +340,12 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
 def forward_backward(
     job: Job, step: int, taken: feed.Step, of_rank: tuple[float, ...]
 ) -> tuple[dict[str, float], Tensor]:
-    """Gradients of a step; (its sums over all ranks by ``tally.NAMES``, ``grad_norm`` and the ``largest`` weight of a
-    proposal, the norm as a tensor)."""
+    """Gradients of a step; (its sums over all ranks by ``tally.NAMES``, ``grad_norm``, the ``largest`` weight of a
+    proposal and minus its ``smallest`` effective share, the norm as a tensor)."""
     recipe, ranks = job.recipe, job.ranks
     seed_step(recipe.train.seed, step, ranks.rank)
     sums = torch.zeros(len(tally.NAMES), dtype=torch.float64, device=ranks.device)
-    largest = sums.new_ones((), dtype=torch.float32)
+    worst = sums.new_tensor([1.0, -1.0])  # the largest weight of a proposal, less the smallest effective share
     for left, batch in zip(reversed(range(len(taken.micro_batches))), taken.micro_batches, strict=True):
         if recipe.lora.rank:  # adapters are small enough to hold their gradients until all can be reduced at once
             job.model.set_requires_gradient_sync(left == 0)
@@ -353,19 +353,19 @@ def forward_backward(
         with record_function("step: forward"):
             out = job.model(batch)
         out.loss.backward()
-        parts, weight = tally.of_micro_batch(out, batch)
+        parts, weights = tally.of_micro_batch(out, batch)
         sums[: len(parts)] += parts
-        largest = torch.maximum(largest, weight)
+        worst = torch.maximum(worst, weights)
     with record_function("step: clip"):
         norm = shard.gradient_norm(job.model.trainable().values())
     for i, value in enumerate(of_rank, start=len(tally.OF_MICRO_BATCH)):
         sums[i] = value
     shard.all_sum(sums)
     if recipe.loss.proposal != "none":
-        shard.all_largest(largest)
+        shard.all_largest(worst)
     # the step's only transfer to the host; everything before it is queued on the device without waiting
-    names = (*tally.NAMES, "grad_norm", "largest")
-    values = torch.cat([sums, norm.to(sums)[None], largest.to(sums)[None]]).tolist()
+    names = (*tally.NAMES, "grad_norm", "largest", "smallest")
+    values = torch.cat([sums, norm.to(sums)[None], worst]).tolist()
     return dict(zip(names, values, strict=True)), norm
 
 
@@ -382,7 +382,8 @@ def told_redone(record: dict[str, Any], kind: str) -> str:
     return (
         f"step {record['step']} was computed again without loss.proposal = {kind}, which its logits do not suit "
         f"(largest weight {record['largest_weight']:.3g}, effective share {record['effective_share']:.2f}; at most "
-        f"{proposal.LARGEST_WEIGHT:.0f}, at least {proposal.LEAST_SHARE}); where this repeats, write none"
+        f"{proposal.LARGEST_WEIGHT:.0f}, at least {proposal.LEAST_SHARE}); where this repeats, write "
+        "none: the run goes on"
     )
 
 

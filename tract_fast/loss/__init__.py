@@ -17,6 +17,7 @@ from torch import Tensor
 from tract_fast.loss import proposal as proposals
 from tract_fast.loss.choice import choose
 from tract_fast.loss.chunked import chunked_loss
+from tract_fast.loss.plan import round_up
 from tract_fast.loss.proposal import QuantizedWeight, quantize_weight
 from tract_fast.loss.reference import IGNORE_INDEX, SampledTractLoss, TractLoss, reference_loss
 from tract_fast.loss.sampled import EPS, sampled_loss
@@ -243,13 +244,16 @@ def check_proposal(
         return
     if gradient != "sampled":
         raise ValueError(f"proposal = {proposal!r}: must be 'none' with gradient = {gradient!r}, which draws nothing")
-    reason = proposals.refusal(proposal, hidden.device, compute_dtype(hidden), hidden.shape[1])
-    if reason:
+    # a tensor without storage stands for one of a device that was asked already
+    reason = hidden.is_meta or proposals.refusal(proposal, hidden.device, compute_dtype(hidden), hidden.shape[1])
+    if isinstance(reason, str):
         raise ValueError(f"proposal = {proposal!r}: {reason}")
     if quantized is None:
         return
     rows, width = quantized.codes.shape
-    if quantized.kind != proposal or width != weight.shape[1] or not 0 <= rows - len(weight) < proposals.ALIGNMENT:
+    expected = len(weight) if proposal == "int8" else round_up(len(weight), proposals.ALIGNMENT)
+    shapes = quantized.scales.shape == (rows,) and (rows, width) == (expected, weight.shape[1])
+    if quantized.kind != proposal or not shapes or quantized.codes.device != weight.device:
         raise ValueError(
             f"quantized is a {quantized.kind} weight of {rows} x {width}: must be quantize_weight(weight, {proposal!r})"
         )

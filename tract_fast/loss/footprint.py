@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tract_fast.loss import native
+from tract_fast.loss import native, proposal
 from tract_fast.loss.chunked import SCALE_BLOCK, SUMMAND, chunks_of, padded
 from tract_fast.loss.plan import BLOCK_BUDGET
 from tract_fast.loss.rows import BLOCK, PICK_BLOCK_CUDA
@@ -29,6 +29,7 @@ def inside(operator: Any, args: tuple, device_type: str) -> int:
         "sampled_loss": _sampled,
         "chunked_backward": _chunked_backward,
         "sampled_backward": _sampled_backward,
+        "quantize_rows": _quantize_rows,
         "add_rows": _add_rows,
     }.get(name.partition(".")[0])
     return count(args, device_type) if count else 0
@@ -54,7 +55,8 @@ def _chunked(args: tuple, device_type: str) -> int:
 def _sampled(args: tuple, device_type: str) -> int:
     a, codes = Arguments(*args[:-N_OWN]), args[-2]
     (n, width), n_vocab, size = a.hidden.shape, a.weight.shape[0], a.hidden.element_size()
-    rows = min(rows_at_once(a, codes, device_type), n)
+    # a step that is computed again without a proposal has the chunks of one
+    rows = min(max(rows_at_once(a, c, device_type) for c in {codes, None}), n)
     packed = codes.numel() if codes is not None and codes.dtype == torch.int8 else 0  # as oneDNN has them
     return (
         rows * padded(n_vocab) * size
@@ -62,6 +64,11 @@ def _sampled(args: tuple, device_type: str) -> int:
         + max(_pick(rows, width, size, device_type), _rows(a, rows, device_type))
         + VECTORS * n
     )
+
+
+def _quantize_rows(args: tuple, device_type: str) -> int:
+    rows, _ = args
+    return 12 * min(rows.numel(), proposal.BLOCK_CUDA if device_type == "cuda" else proposal.BLOCK)
 
 
 def _pick(rows: int, width: int, size: int, device_type: str) -> int:

@@ -8,8 +8,8 @@ A row's scale is its largest magnitude over that of the type. Numerics: |z~ - z|
 int8, so what is drawn is drawn on nearly the right probability; outliers in a row of X or W make it worse, and the
 weights p / p~ of the draw say how much. A row that is not finite gets a scale of NaN, and logits of NaN.
 
-Cost: 2 N V D operations of 8 bits; a read of W and V (D + 4) bytes for its codes, which can be kept for as long as W
-stays as it is; N (D + 4) bytes for a chunk's.
+Cost: 2 N V D operations of 8 bits; a read of W and V (D + 4) bytes for its codes (with int8 twice, as oneDNN wants them
+besides), which can be kept for as long as W stays as it is; N (D + 4) bytes for a chunk's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
+from torch.utils.weak import WeakIdKeyDictionary
 
 KINDS = ("int8", "fp8")
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-BLOCK = 2**18  # elements that are quantised at a time: what caches hold, in float32
+BLOCK, BLOCK_CUDA = 2**18, 2**24  # elements that are quantised at a time: on a CPU what caches hold, in float32
+SMALLEST = 1e-30  # scale: what is divided by it stays finite
 ALIGNMENT = 16  # of the width and the vocabulary, for float8 GEMMs
 # Bytes of int8's logits at a time: a library allocates them anew, which is cheap up to 32 MiB, and a cache may hold
 # them from the product to the draw. Not tuned.
@@ -39,7 +41,7 @@ LARGEST_WEIGHT, LEAST_SHARE = 32.0, 0.5
 
 def beyond_limit(largest_weight: Tensor, effective_share: Tensor) -> Tensor:
     """(): whether a batch should be computed again without a proposal, on the device. Of ``SampledTractLoss``."""
-    return (largest_weight > LARGEST_WEIGHT) | (effective_share < LEAST_SHARE)
+    return ~((largest_weight <= LARGEST_WEIGHT) & (effective_share >= LEAST_SHARE))  # a NaN is beyond, too
 
 
 class QuantizedWeight(NamedTuple):
@@ -64,7 +66,7 @@ def refusal(kind: str, device: torch.device, dtype: torch.dtype, width: int, *, 
             return f"int8 products are for CPUs, and this is {device.type}: {instead}"
         if dtype not in (torch.bfloat16, torch.float32):
             return f"int8 proposals are for bfloat16 and float32, not {dtype}: must be 'none'"
-        if here and not has_vnni():
+        if here and not VNNI:
             return (
                 "this CPU has no VNNI (avx512_vnni, avx_vnni), without which int8 is slower than float: must be 'none'"
             )
@@ -75,7 +77,7 @@ def refusal(kind: str, device: torch.device, dtype: torch.dtype, width: int, *, 
         return f"float8 products write bfloat16, not {dtype}: must be 'none'"
     if width % ALIGNMENT:
         return f"float8 products need a width that is a multiple of {ALIGNMENT}, and this is {width}: must be 'none'"
-    if here and torch.cuda.get_device_capability(device) < (9, 0):
+    if here and not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} has no float8 products with a scale per row: must be 'none'"
     return None
 
@@ -85,9 +87,13 @@ def _other(kind: str) -> str:
 
 
 def has_vnni() -> bool:
-    """Whether this CPU multiplies 8-bit numbers four at a time."""
+    """Whether this CPU multiplies 8-bit numbers four at a time, and PyTorch has the library that does."""
     found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni"))
+    there = any(found.get(name, False) for name in ("avx512_vnni", "avx_vnni"))
+    return there and torch.backends.mkldnn.is_available()
+
+
+VNNI = has_vnni()  # asked once: a compiler cannot trace it
 
 
 @torch.no_grad()
@@ -101,23 +107,32 @@ def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
     return QuantizedWeight(codes, scales)
 
 
+@torch.library.custom_op("tract_fast::quantize_rows", mutates_args=())
 def quantize_rows(rows: Tensor, kind: str) -> Quantized:
     """(codes, scales (n,) float32) of (n, D) rows: codes times scales is nearest to them."""
     n, width = rows.shape
     codes = torch.empty(n, width, dtype=CODES[kind], device=rows.device)
     scales = torch.empty(n, dtype=torch.float32, device=rows.device)
-    step = n if rows.is_cuda else max(1, BLOCK // max(1, width))
-    for i in range(0, n, max(1, step)):
+    step = max(1, (BLOCK_CUDA if rows.is_cuda else BLOCK) // max(1, width))
+    for i in range(0, n, step):
         exact = rows[i : i + step].float()
         largest = exact.abs().amax(1) if width else exact.new_zeros(len(exact))
         scale = torch.where(largest == 0, 1.0, largest / LARGEST[kind])  # of zeros any will do; a NaN stays
-        scale = scale.clamp(min=torch.finfo(torch.float32).tiny)  # 1 / scale is finite
+        scale = scale.clamp(min=SMALLEST)
         finite = scale.isfinite()
         scales[i : i + step] = torch.where(finite, scale, torch.nan)
         scaled = exact * torch.where(finite, 1 / scale, 0.0)[:, None]
         scaled = scaled.nan_to_num_(0.0).clamp_(-LARGEST[kind], LARGEST[kind])
         codes[i : i + step] = scaled.round_() if kind == "int8" else scaled
     return codes, scales
+
+
+@quantize_rows.register_fake
+def _(rows: Tensor, kind: str) -> Quantized:
+    return torch.empty_like(rows, dtype=CODES[kind]), rows.new_empty(rows.shape[0], dtype=torch.float32)
+
+
+_packed = WeakIdKeyDictionary()  # codes of W -> the same as oneDNN wants them, for as long as the codes live
 
 
 def logits_of(rows: Tensor, weight: QuantizedWeight, n_vocab: int) -> tuple[Tensor, Tensor | None]:
@@ -128,7 +143,7 @@ def logits_of(rows: Tensor, weight: QuantizedWeight, n_vocab: int) -> tuple[Tens
         by_row = ScalingType.RowWise
         of_both = (scales[:, None], by_row, weight.scales[None, :], by_row)
         return scaled_mm(codes, weight.codes.t(), *of_both, output_dtype=rows.dtype)[:, :n_vocab], None
-    if has_vnni():
+    if VNNI:
         return _by_onednn(codes, weight, rows.dtype), scales
     # without VNNI, where refusal() keeps it from users: tests run it
     return ((codes.float() @ weight.codes.float().t()) * weight.scales).to(rows.dtype), scales
@@ -137,7 +152,9 @@ def logits_of(rows: Tensor, weight: QuantizedWeight, n_vocab: int) -> tuple[Tens
 def _by_onednn(codes: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """(n, V) of ``dtype``: codes times W. Of the products in PyTorch this is the one that writes 16 bits instead of 32.
     It takes one scale for all hidden states, so that theirs are left to whoever reads the logits."""
-    packed = torch.ops.onednn.qlinear_prepack(weight.codes, list(codes.shape))
+    packed = _packed.get(weight.codes)
+    if packed is None:
+        packed = _packed[weight.codes] = torch.ops.onednn.qlinear_prepack(weight.codes, list(codes.shape))
     zeros = torch.zeros(len(weight.codes), dtype=torch.int32)
     result = (1.0, 0, dtype, "none", [], "")
     return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, weight.scales, zeros, None, *result)

@@ -103,6 +103,7 @@ def sampled_loss(*args) -> tuple[Tensor, ...]:
             picked = pick(x, part.labels, a)
             out = (lists.rows(i, j), dx[i:j], spread[i:j], norm[i:j], factor, weights[i:j])
             make(chunk, picked, part, stats.rows(i, j), a, x, begins[i:j], reference, eps, *out)
+            chunk = None  # or two proposals would be there at once
         loss = total_loss(stats, a)
     added = spread.sum() / norm.sum().clamp(min=torch.finfo(torch.float32).tiny)
     return loss, *stats, terms.unit, dx, *lists, added, *proposal.quality(weights)
