@@ -38,7 +38,7 @@ MODELS = {
 }
 WIDE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 32}
 DEEP = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "head_dim": 32}
-THIN = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 16}
+THIN = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 16}
 BF16 = {"model__dtype": "bfloat16"}
 # family, vocabulary, sizes, ranks, settings
 CASES: dict[str, tuple[str, int, dict, int, dict]] = {

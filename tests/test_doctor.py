@@ -36,7 +36,20 @@ def test_says_what_runs_and_why(capsys, tmp_path, monkeypatch):
     name, reason = choose_loss(Loss(), torch.float32, doctor.local_device(), doctor.Head())
     assert f"{name} ({reason})" in printed
     lines = {line[2:26].strip(): line[26:].strip() for line in printed.splitlines() if line.startswith("  ")}
-    for name in ("system", "CPU", "cores", "memory", "disk", "row pass", "liger", "lean", "compiled code", "optimizer"):
+    for name in (
+        "system",
+        "CPU",
+        "cores",
+        "memory",
+        "disk",
+        "proposal, int8",
+        "proposal, fp8",
+        "row pass",
+        "liger",
+        "lean",
+        "compiled code",
+        "optimizer",
+    ):
         assert lines[name], name
     assert "generate.backend" in lines["generation"] or "backend = vllm: there is no command" in lines["generation"]
     for part in ("loss chunked", "loss sampled", "attention", "save"):

@@ -20,7 +20,7 @@ from tract_fast import __version__, attention, machine, optim, selfcheck, selfte
 from tract_fast.errors import UserError
 from tract_fast.head import choose_loss
 from tract_fast.lean import choose_lean
-from tract_fast.loss import native
+from tract_fast.loss import native, proposal
 from tract_fast.loss.choice import runs_triton
 from tract_fast.loss.tuning import autotunes
 from tract_fast.model import choose_liger
@@ -83,12 +83,20 @@ def choices(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
         for gradient in ("exact", "sampled"):
             loss = partial(choose_loss, Loss(gradient=gradient), dtype, device, Head())
             yield f"loss, {gradient}, {short}", partial(with_reason, loss)
+    for kind in proposal.KINDS:
+        yield f"proposal, {kind}", partial(describe_proposal, kind, device)
     yield "row pass", partial(describe_row_pass, device)
     yield "liger", lambda: choose_liger(Model(path="any").liger, device)[1]
     yield "lean", partial(describe_lean, device)
     yield "compiled code", partial(describe_compiler, device)
     yield "optimizer", partial(describe_optimizer, device)
     yield "generation", partial(describe_generation, Generate().backend)
+
+
+def describe_proposal(kind: str, device: torch.device) -> str:
+    """Whether ``loss.proposal`` can be of this kind, for a bfloat16 model of a usual width."""
+    reason = proposal.refusal(kind, device, torch.bfloat16, Head().hidden_size)
+    return reason.partition(": must be")[0] if reason else "can run"
 
 
 def describe_lean(device: torch.device) -> str:
