@@ -30,9 +30,10 @@ sys.exit(main(["train", sys.argv[2]]))
 
 
 def big(tmp_path, **changes):
-    """A step that holds hundreds of megabytes: all logits of 1200 examples."""
+    """A step that holds hundreds of megabytes: all logits of 1200 examples, and what ``selective`` would not keep."""
     write_data(tmp_path / "data.jsonl", n=2000)
     settings = {"train__batch": 1200, "train__max_tokens": 100_000, "loss__implementation": "reference"}
+    settings |= {"model__lean": "off"}
     return tiny_recipe(tmp_path, data__holdout=0.0, **settings, **changes)
 
 

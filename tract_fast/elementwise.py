@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tract_fast.loss import native
+from tract_fast.loss.terms import autocasts
 
 aten = torch.ops.aten
 ACTIVATIONS = {  # in the order of csrc/lean.h: (the function, its backward from a gradient and an argument)
@@ -51,9 +52,11 @@ def gated_product(gate: Tensor, up: Tensor, activation: str, device_type: str | 
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, which does not keep ``x`` where it is a result of ``rms_norm`` or ``gated_product``, untouched."""
+    """``F.linear``, which does not keep ``x`` where it is a result of ``rms_norm`` or ``gated_product``, untouched (a
+    change of ``x.data`` is not seen), outside of autocast, which would make a copy."""
     node = x.grad_fn
-    if not torch.is_grad_enabled() or not hasattr(node, "again"):
+    known = hasattr(node, "again") and x._version == node.version
+    if not known or not torch.is_grad_enabled() or autocasts(x.device.type):
         return F.linear(x, weight, bias)
     storage = x.untyped_storage()._cdata
 
@@ -109,7 +112,7 @@ class _RMSNorm(torch.autograd.Function):
         y, r = _norm(x, weight, *ctx.settings)
         ctx.save_for_backward(x, weight, r)
         _let_go(ctx)
-        ctx.again = _norm_again
+        ctx.again, ctx.version = _norm_again, y._version
         return y
 
     @staticmethod
@@ -174,8 +177,9 @@ class _GatedProduct(torch.autograd.Function):
         ctx.settings = (activation, kind)
         ctx.save_for_backward(gate, up)
         _let_go(ctx)
-        ctx.again = _gated_again
-        return _gated(gate, up, activation, kind)
+        y = _gated(gate, up, activation, kind)
+        ctx.again, ctx.version = _gated_again, y._version
+        return y
 
     @staticmethod
     @once_differentiable

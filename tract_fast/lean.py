@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 
@@ -84,6 +85,7 @@ class Other(Exception):
 @torch.no_grad()
 def known_norm(module: nn.Module) -> tuple[float, float]:
     """(eps, offset of the weight) of an RMSNorm. Raises Other."""
+    _takes_one(module)
     weight = module._parameters.get("weight")
     if weight is None or weight.ndim != 1 or len(list(module.parameters())) > 1:
         raise Other("has more or less than one weight a column")
@@ -98,9 +100,10 @@ def known_norm(module: nn.Module) -> tuple[float, float]:
     for random in weights:
         small = copy.copy(module)
         small._parameters = {"weight": nn.Parameter(random)}
-        theirs.append(_result(small, x))
+        small.train()  # a dropout is seen
+        theirs.append(_result(small, x[None]))
     for offset in (0.0, 1.0):
-        if all(_agree(t, rms_norm(x, w, eps, offset)) for t, w in zip(theirs, weights, strict=True)):
+        if all(_agree(t, rms_norm(x[None], w, eps, offset)) for t, w in zip(theirs, weights, strict=True)):
             return eps, offset
     raise Other("computes something else")
 
@@ -108,6 +111,7 @@ def known_norm(module: nn.Module) -> tuple[float, float]:
 @torch.no_grad()
 def known_mlp(module: nn.Module) -> str:
     """The activation of a gated MLP, one of ``ACTIVATIONS``. Raises Other."""
+    _takes_one(module)
     draw = torch.Generator().manual_seed(0)
     width, inner = 6, 10
     gate, up, down = (_linear_layer(*size, draw) for size in ((width, inner), (width, inner), (inner, width)))
@@ -116,11 +120,17 @@ def known_mlp(module: nn.Module) -> str:
     small._modules = {**rest, "gate_proj": gate, "up_proj": up, "down_proj": down}
     small.train()  # a dropout is seen
     x = SIZES * torch.randn(3, width, generator=draw, dtype=torch.float64)
-    theirs = _result(small, x)
+    theirs = _result(small, x[None])
     for activation in ACTIVATIONS:
-        if _agree(theirs, down(gated_product(gate(x), up(x), activation))):
+        if _agree(theirs, down(gated_product(gate(x), up(x), activation))[None]):
             return activation
     raise Other("computes something else")
+
+
+def _takes_one(module: nn.Module) -> None:
+    """Raise Other where the module's own forward takes more than one tensor."""
+    if len(inspect.signature(type(module).forward).parameters) != 2:
+        raise Other("takes more than one argument")
 
 
 def _linear_layer(width: int, out: int, draw: torch.Generator) -> nn.Linear:

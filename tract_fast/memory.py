@@ -25,7 +25,8 @@ from tract_fast.trace import Untraceable
 def ran_out(error: BaseException) -> bool:
     """Whether an error is that of memory: CUDA's allocator, PyTorch's on a CPU, or Python's."""
     told = str(error)
-    no_memory = "can't allocate memory" in told or "Cannot allocate memory" in told
+    texts = ("can't allocate memory", "Cannot allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    no_memory = any(text in told for text in texts)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and no_memory)
 
 

@@ -7,6 +7,7 @@ checkpointing -> compile; sharding follows in ``shard.py``. What cannot work is 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import struct
@@ -300,15 +301,20 @@ def build(
     say(f"liger: {reason}")
     if applied:
         _apply_liger(lm)
-        _apply_liger(twin)
-    if lean.choose_lean(recipe.model.lean, recipe.train.compile)[0]:
-        lean.apply(twin, device, dtype)
+
+    def exchange(small: nn.Module) -> None:
+        if applied:
+            _apply_liger(small)
+        if lean.choose_lean(recipe.model.lean, recipe.train.compile)[0]:
+            lean.apply(small, device, dtype)
+
     softcap, logit_scale = logit_transform(config)
-    say(selfcheck.packing(twin, dtype, name, softcap, logit_scale, share))
+    say(selfcheck.packing(twin, dtype, name, softcap, logit_scale, share, exchange))
     if share:
         say(selfcheck.alignment(name, device, dtype, selfcheck.heads_of(config)))
     buffers = dict(twin.named_buffers())
     del twin
+    gc.collect()  # exchanged forwards refer to their modules
     if device.type == "cuda":  # the twin is gone: neither its memory nor its peak counts
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

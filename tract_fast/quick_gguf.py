@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 _KEPT: ContextVar[dict[tuple, Any] | None] = ContextVar("_KEPT", default=None)  # readers, by file and its state
-_ALONE = threading.Lock()  # two that replace at once would put each other's back
+_ALONE = threading.RLock()  # two that replace at once would put each other's back
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ attention's output and gradients against a plain softmax. A difference stops the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +36,15 @@ def packing(
     softcap: float | None,
     logit_scale: float,
     share: bool = False,
+    exchange: Callable[[nn.Module], object] = lambda lm: None,
 ) -> str:
     """Documents packed must give what transformers' own forward pass gives for each alone; returns a line to print.
 
     Computed in ``dtype``, as training will (some kernels take 16 bits only). Catches documents that see each other,
     attention that ignores something that short documents need, and a head with more between hidden states and logits
     than soft-cap and scale. Two of the three documents begin alike: with ``share`` that is there once, and a model that
-    draws random numbers in training is found, too. Raises UserError where they differ.
+    draws random numbers in training is found, too. ``exchange`` puts other kernels into ``lm`` in between: they are
+    held against transformers' own, on the device. Raises UserError where they differ.
     """
     device = lm.get_input_embeddings().weight.device
     vocabulary = lm.get_output_embeddings().out_features
@@ -58,6 +60,7 @@ def packing(
         lm.set_attn_implementation("eager")
         expected = [lm(input_ids=d[None], use_cache=False).logits[0].float() for d in documents]
         lm.set_attn_implementation(attention_name)
+        exchange(lm)
         logits = lm.get_output_embeddings()(hidden_states(lm.get_decoder(), batch)).float()
         if share:
             _refuse_draws(lm, batch)

@@ -21,7 +21,7 @@ from tract_fast.loss.plan import round_up
 from tract_fast.loss.proposal import QuantizedWeight, quantize_weight
 from tract_fast.loss.reference import IGNORE_INDEX, SampledTractLoss, TractLoss, reference_loss
 from tract_fast.loss.sampled import EPS, sampled_loss
-from tract_fast.loss.terms import RowStats, compute_dtype, op_arguments, result
+from tract_fast.loss.terms import RowStats, autocasts, compute_dtype, op_arguments, result
 
 __all__ = ["QuantizedWeight", "SampledTractLoss", "TractLoss", "linear_tract_loss", "quantize_weight"]
 
@@ -279,7 +279,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Raise ValueError where hidden, weight and bias do not fit together."""
     check_tensor("hidden", hidden, {"N": None, "D": None}, HIDDEN_DTYPES)
     device, dtypes = hidden.device, (hidden.dtype,)
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if autocasts(device.type):
         # autocast casts activations and leaves parameters alone, so the two meet here in different dtypes
         mixed = (torch.float32, torch.get_autocast_dtype(device.type))
         dtypes = mixed if hidden.dtype in mixed else dtypes

@@ -77,8 +77,13 @@ def op_arguments(
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """That of ``hidden``, or the one of autocast inside its region (which leaves float64 alone)."""
     device_type = hidden.device.type
-    autocasts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if autocasts and hidden.dtype != torch.float64 else hidden.dtype
+    cast = autocasts(device_type) and hidden.dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if cast else hidden.dtype
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether this is inside an autocast region of such devices."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class RowTerms(NamedTuple):
