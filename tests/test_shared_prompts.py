@@ -337,7 +337,7 @@ def test_held_out_metrics_are_the_same(tmp_path, monkeypatch):
     for recipe in (on, off):
         assert train.run(replace(recipe, train=replace(recipe.train, max_steps=1))) == 0
     first = [train.log.read_metrics(tmp_path / name / "metrics.jsonl")[0]["eval"] for name in ("auto", "off")]
-    assert first[0] == pytest.approx(first[1], rel=1e-5)
+    assert first[0] == pytest.approx(first[1], rel=1e-4)
     assert most <= on.train.max_tokens, "packed as laid out"
 
 

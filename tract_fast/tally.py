@@ -41,8 +41,9 @@ def of_micro_batch(out: TractLoss | SampledTractLoss, batch: batches.Batch) -> t
     return torch.stack([p.double() for p in parts]), torch.stack([largest, -share]).double()
 
 
-def record(found: dict[str, float], recipe: Recipe, examples: Sequence[Encoded]) -> dict[str, Any]:
-    """The part of a step's record that its sums over all ranks and its ``examples``, those of all ranks, make up."""
+def record(found: dict[str, float], recipe: Recipe, examples: Sequence[Encoded], lr: float) -> dict[str, Any]:
+    """The part of a step's record that its sums over all ranks and its ``examples``, those of all ranks, make up, with
+    its learning rate."""
     rows = sum(len(e.ids) - e.prompt_len for e in examples)
     sampled = recipe.loss.gradient == "sampled"
     drawn = {"entries": found["entries"] / rows, "added_variance": found["added"] / rows} if sampled else {}
@@ -54,6 +55,7 @@ def record(found: dict[str, float], recipe: Recipe, examples: Sequence[Encoded])
         "mse": found["squared"] / len(examples),
         "score_mass": found["mass"] / len(examples),
         "score_mae": found["absolute"] / len(examples),
+        "lr": lr,
         "grad_norm": found["grad_norm"],
         "tokens": int(found["tokens"]),
         "logical_tokens": sum(len(e.ids) for e in examples),

@@ -326,9 +326,8 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
     seconds = time.perf_counter() - started
     return {
         "step": step + 1,
-        **tally.record(found, recipe, taken.examples),
+        **tally.record(found, recipe, taken.examples, lr),
         **of_proposal,
-        "lr": lr,
         "seconds": seconds,
         "waited": waited,
         **speed(job, found["flops"], seconds),
