@@ -15,13 +15,10 @@ from tract_fast.loss.proposal import beyond_limit
 from tract_fast.recipe import Recipe
 
 # Of a micro-batch: loss, negative log-likelihoods, squared and absolute score errors, score masses, tokens, entries of
-# a sampled gradient, its added variance times the rows, whether the weights of a proposal are beyond the limit.
+# a sampled gradient, its added variance times the rows, whether the weights of a proposal are beyond the limit. Of a
+# rank: whether it has got a signal, or knows of a checkpoint that was not written.
 OF_MICRO_BATCH = ("loss", "nll", "squared", "absolute", "mass", "tokens", "entries", "added", "beyond")
-OF_RANK = (
-    "flops",
-    "stopping",
-    "unsaved",
-)  # and whether the rank has got a signal, or knows of a checkpoint not written
+OF_RANK = ("flops", "stopping", "unsaved")
 NAMES = (*OF_MICRO_BATCH, *OF_RANK)
 
 

@@ -305,9 +305,7 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
         group["lr"] = lr
     of_rank = (taken.flops, float(stop.received is not None), float(unsaved))
     found, norm_of_gradient = forward_backward(job, step, taken, of_rank)
-    of_proposal = {}
-    if recipe.loss.proposal != "none":
-        of_proposal = {"redone": found["beyond"] > 0}
+    of_proposal = {"redone": found["beyond"] > 0} if recipe.loss.proposal != "none" else {}
     if found["beyond"]:  # all ranks see the same sums; the draws of the second time have the same seeds
         weights = {name: found[name] for name in ("largest", "smallest")}
         job.optimizer.zero_grad()
@@ -344,7 +342,7 @@ def forward_backward(
     recipe, ranks = job.recipe, job.ranks
     seed_step(recipe.train.seed, step, ranks.rank)
     sums = torch.zeros(len(tally.NAMES), dtype=torch.float64, device=ranks.device)
-    worst = sums.new_tensor([1.0, -1.0])  # the largest weight of a proposal, less the smallest effective share
+    worst = sums.new_full((2,), -math.inf)  # filled on the device: numbers copied to it would wait for it
     for left, batch in zip(reversed(range(len(taken.micro_batches))), taken.micro_batches, strict=True):
         if recipe.lora.rank:  # adapters are small enough to hold their gradients until all can be reduced at once
             job.model.set_requires_gradient_sync(left == 0)

@@ -48,10 +48,8 @@ ONE = 2**31
 LOWEST, PER_NAT = -21.487562, 12102203.0  # -31 ln 2, 2^23 / ln 2
 BLOCK = 2**22  # elements at a time, in PyTorch
 
-OWN = (
-    ", float eps, Tensor seed, Tensor? codes, Tensor? scales"  # arguments beside Arguments: of QuantizedWeight, or None
-)
-N_OWN = 4
+OWN = ", float eps, Tensor seed, Tensor? codes, Tensor? scales"  # the last two: of QuantizedWeight, or None
+N_OWN = 4  # arguments
 SCHEMA = (
     OP_SCHEMA.partition(") -> (")[0] + f"{OWN}) -> ({', '.join(['Tensor'] * 14)})"
 )  # loss, RowStats, unit, dx, Lists, the variance that the draw adds, how good the proposal was: two numbers

@@ -202,7 +202,7 @@ def correct(
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, LOWEST: tl.constexpr, PER_NAT: tl.constexpr, FARTHEST: tl.constexpr,
     E: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """``reread`` of logits that are a proposal: ``sampled.corrected``, with the sums moved along as larger logits are
+    """``reread`` of logits that are a proposal: ``proposal.corrected``, with the sums moved along as larger logits are
     found. Writes the logarithms of the entries' sizes but for the row's factor. (The largest logit and the sum of
     exponentials anew, the draw's variance but for the factor's square, and of the entries listed at random how many
     they are and the largest, the sum and the sum of squares of exp(z - proposed z))."""
