@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.sampled import Problem, errors, products, real_problem
-from tract_fast import doctor, linear_tract_loss, recipe as recipes
+from benchmarks.sampled import Problem, cross_entropy_alone, errors, median_times, ours, products, real_problem
+from tract_fast import doctor, recipe as recipes
 from tract_fast.loss import proposal, quantize_weight
+from tract_fast.loss.plan import rows_within
 
 EPS = [2.0**-10, 2.0**-12]
 SEEDS = 5
@@ -47,10 +46,6 @@ def random_problem(like: Problem, spread: float = 3.0) -> Problem:
     return like | {"hidden": x.bfloat16(), "weight": w.bfloat16(), "labels": torch.cat(labels)}
 
 
-def cross_entropy_alone(p: Problem) -> Problem:
-    return p | {name: p[name][:0] for name in ("score_rows", "score_targets")}
-
-
 def true_loss(p: Problem) -> float:
     """In float64."""
     total, counted = 0.0, p["labels"] >= 0
@@ -67,12 +62,6 @@ def eager(p: Problem) -> tuple[float, list[Tensor]]:
     return loss.item(), list(torch.autograd.grad(loss, [hidden, weight]))
 
 
-def ours(p: Problem, frozen: bool = False, **options: Any) -> tuple[Any, list[Tensor]]:
-    hidden, weight = p["hidden"].detach().requires_grad_(), p["weight"].detach().requires_grad_(not frozen)
-    out = linear_tract_loss(**p | {"hidden": hidden, "weight": weight}, **options)
-    return out, list(torch.autograd.grad(out.loss, [hidden] if frozen else [hidden, weight]))
-
-
 def row_of(what: str, found: list[tuple[float, list[Tensor]]], loss: float, truth: list[Tensor], **more: Any) -> dict:
     off = math.sqrt(statistics.fmean((value - loss) ** 2 for value, _ in found))
     row = {"what": what, "loss_error": off, "error": errors([grads for _, grads in found], truth), **more}
@@ -83,13 +72,13 @@ def row_of(what: str, found: list[tuple[float, list[Tensor]]], loss: float, trut
 def measure_errors(p: Problem, kinds: list[str]) -> list[dict[str, Any]]:
     loss, truth = true_loss(p), products(p)
     rows = [row_of("eager bfloat16", [eager(p)], loss, truth)]
-    out, grads = ours(p)
+    out, grads = ours(p, False)
     rows.append(row_of("exact", [(out.loss.item(), grads)], loss, truth))
     rounded = products(p, lambda dz, probs: dz.to(torch.bfloat16).double())
     rows.append(row_of("dZ rounded to bfloat16", [(loss, rounded)], loss, truth))
     for eps in EPS:
         for kind in ["none", *kinds]:
-            drawn = [ours(p, gradient="sampled", eps=eps, seed=s, proposal=kind) for s in range(SEEDS)]
+            drawn = [ours(p, False, gradient="sampled", eps=eps, seed=s, proposal=kind) for s in range(SEEDS)]
             outs = [out for out, _ in drawn]
             more = {
                 "entries": statistics.fmean(out.entries.float().mean().item() for out in outs),
@@ -105,13 +94,14 @@ def measure_times(p: Problem, kinds: list[str], rounds: int) -> list[dict[str, A
     x, w = p["hidden"].detach(), p["weight"].detach()
     logits = x.new_empty(len(x), len(w))
     kept = {kind: quantize_weight(w, kind) for kind in kinds}
+    at_once = rows_within(len(w), logit_bytes=x.element_size(), budget=proposal.HELD, device="cpu")
     runs: dict[tuple[str, float | None, bool], Callable[[], Any]] = {
         ("one GEMM", None, False): lambda: torch.mm(x, w.t(), out=logits)
     }
     for kind in kinds:
         runs[f"quantising W, {kind}", None, False] = lambda kind=kind: quantize_weight(w, kind)
         runs[f"the product, {kind}", None, False] = lambda kind=kind: [
-            proposal.logits_of(part, kept[kind], len(w)) for part in x.split(rows_at_once(x, w, kind))
+            proposal.logits_of(part, kept[kind], len(w)) for part in x.split(at_once)
         ]
     for frozen in (False, True):
         runs["exact", None, frozen] = lambda frozen=frozen: ours(p, frozen)
@@ -120,15 +110,7 @@ def measure_times(p: Problem, kinds: list[str], rounds: int) -> list[dict[str, A
                 options = {"gradient": "sampled", "eps": eps, "seed": 1, "proposal": kind}
                 options |= {"quantized": kept.get(kind)}
                 runs[f"sampled, {kind}", eps, frozen] = lambda frozen=frozen, o=options: ours(p, frozen, **o)
-    times: dict[tuple, list[float]] = {key: [] for key in runs}
-    for i in range(rounds + 1):
-        order = list(runs)
-        random.Random(i).shuffle(order)
-        for key in order:
-            begin = time.perf_counter()
-            runs[key]()
-            times[key].append(time.perf_counter() - begin)
-    medians = {key: statistics.median(t[1:]) for key, t in times.items()}  # the first is warm-up
+    medians = median_times(runs, rounds)
     one = medians["one GEMM", None, False]
     rows = []
     for (what, eps, frozen), seconds in medians.items():
@@ -139,10 +121,6 @@ def measure_times(p: Problem, kinds: list[str], rounds: int) -> list[dict[str, A
         rows[-1] |= {"to_one_gemm": seconds / one, "to_exact": seconds / medians["exact", None, frozen]}
         print(" ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows
-
-
-def rows_at_once(x: Tensor, w: Tensor, kind: str) -> int:
-    return max(128, proposal.HELD // (x.element_size() * len(w))) if kind == "int8" else len(x)
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def errors(found: list[list[Tensor]], truth: list[Tensor]) -> dict[str, float]:
 def measure_errors(p: Problem, loss: str) -> list[dict[str, Any]]:
     """Errors with the score terms, whose few rows have most of the gradient's norm, or of the cross-entropy alone."""
     if loss == "CE":
-        p = p | {name: p[name][:0] for name in ("score_rows", "score_targets")}
+        p = cross_entropy_alone(p)
     truth = products(p)
     bf16 = lambda dz, probs: dz.to(torch.bfloat16).double()  # noqa: E731
     dropped = lambda dz, probs: dz * ((probs >= FILTER) | (dz < 0))  # noqa: E731
@@ -131,6 +131,24 @@ def measure_errors(p: Problem, loss: str) -> list[dict[str, Any]]:
     return rows
 
 
+def median_times(runs: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, float]:
+    """Median seconds of each, all taking turns in an order that changes."""
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    for i in range(rounds + 1):
+        order = list(runs)
+        random.Random(i).shuffle(order)
+        for key in order:
+            begin = time.perf_counter()
+            runs[key]()
+            times[key].append(time.perf_counter() - begin)
+    return {key: statistics.median(t[1:]) for key, t in times.items()}  # the first is warm-up
+
+
+def cross_entropy_alone(p: Problem) -> Problem:
+    """``p`` without its score terms."""
+    return p | {name: p[name][:0] for name in ("score_rows", "score_targets")}
+
+
 def measure_times(p: Problem, rounds: int) -> list[dict[str, Any]]:
     x, w = p["hidden"].detach(), p["weight"].detach()
     logits = x.new_empty(len(x), len(w))
@@ -142,15 +160,7 @@ def measure_times(p: Problem, rounds: int) -> list[dict[str, Any]]:
         for eps in EPS:
             run = lambda frozen=frozen, eps=eps: ours(p, frozen, gradient="sampled", eps=eps, seed=1)  # noqa: E731
             runs["sampled", eps, frozen] = run
-    times: dict[tuple, list[float]] = {key: [] for key in runs}
-    for i in range(rounds + 1):
-        order = list(runs)
-        random.Random(i).shuffle(order)
-        for key in order:
-            begin = time.perf_counter()
-            runs[key]()
-            times[key].append(time.perf_counter() - begin)
-    medians = {key: statistics.median(t[1:]) for key, t in times.items()}  # the first is warm-up
+    medians = median_times(runs, rounds)
     one = medians["one GEMM", None, False]
     rows = []
     for (what, eps, frozen), seconds in medians.items():
@@ -176,13 +186,7 @@ def measure_heavy(p: Problem, rounds: int) -> list[dict[str, Any]]:
         "dX": lambda: torch.mm(dz, columns, out=dx),
         "dW": lambda: torch.mm(dz.t(), x, out=dw),
     }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    one, *parts = (statistics.median(t[1:]) for t in times.values())
+    one, *parts = median_times(runs, rounds).values()
     rows = [
         {"what": "dense products", "columns": HEAVY, "dX_to_one_gemm": parts[0] / one, "dW_to_one_gemm": parts[1] / one}
     ]
