@@ -17,9 +17,6 @@ using namespace tract_fast;
 
 namespace {
 
-float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
-uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16); }  // for inputs
-
 // Numbers of either type, exactly as long as they may be read or written: sanitizers see one too many.
 struct Values {
   Type type;

@@ -24,8 +24,6 @@ struct Form {
   float softcap = 0.0f, logit_scale = 1.0f;
 };
 
-uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16); }
-float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
 
 std::vector<uint16_t> in_bfloat16(const std::vector<float>& from) {
   std::vector<uint16_t> to;
