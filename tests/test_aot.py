@@ -14,7 +14,8 @@ def compiled_here(case) -> bool:
     if bias != cap or dtype == "fp16":
         return False
     if kernel.__name__ in ("draw_kernel", "settle_kernel", "place_kernel", "weight_kernel"):
-        return odd and vocab == bias and constants.get("MAY_BE_LONG", True) and constants.get("NEED_DX", True)
+        sizes = odd or constants.get("PROPOSED", False)  # whose widths are even
+        return sizes and vocab == bias and constants.get("MAY_BE_LONG", True) and constants.get("NEED_DX", True)
     return True
 
 

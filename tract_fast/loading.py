@@ -17,6 +17,7 @@ from tract_fast.data import prompt as prompts
 from tract_fast.data.scores import ScoreScale, find_scale
 from tract_fast.description import DESCRIPTION, Description, check_tokens, judge_folder, read_description
 from tract_fast.errors import UserError
+from tract_fast.host import limit_code
 from tract_fast.model import DTYPES, load_config, load_lm, load_tokenizer, locate, round_to
 from tract_fast.perf import slow_bfloat16
 from tract_fast.recipe import Model, Score
@@ -62,6 +63,7 @@ def open_judge(path: str, say: Say) -> Opened:
 
 def load_weights(opened: Opened, dtype: str, device: torch.device, say: Say) -> nn.Module:
     """The judge's model on ``device``, its adapter merged. Raises UserError where it is none that can be read."""
+    limit_code(device)
     chosen, reason = choose_dtype(dtype, opened.about.dtype, device)
     say(f"dtype: {chosen} ({reason})")
     caps = getattr(opened.config.get_text_config(), "attn_logit_softcapping", None)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from tract_fast.host import ALLOCATOR, CAPACITY
+
 DRIVER = Path("/proc/driver/nvidia/version")
 # environment variables that change what runs or how fast; no others are shown
 SHOWN = (
@@ -20,6 +22,9 @@ SHOWN = (
     "TRITON_INTERPRET",
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
+    *CAPACITY,
+    *ALLOCATOR,
+    "GLIBC_TUNABLES",
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
 )

@@ -143,14 +143,13 @@ class Mimic:
         if not with_grad:
             return
         shard = sum(self.split.shard(p) for p in with_grad)
-        hold((one, "reduced"), REDUCED, 4 * shard * self.split.ways)
-        self.reducing.append(one)
+        if self.split.ways > 1:  # one rank's buffer is that of its gradients
+            hold((one, "reduced"), REDUCED, 4 * shard * self.split.ways)
+            self.reducing.append(one)
         for p in with_grad:
             p.grad = None
             drop((p, "summed"))
         hold((one, "gradients"), GRADIENTS, 4 * shard)
-        if self.split.ways == 1:
-            self.ledger.touch(4 * shard, REDUCED)  # divided by 1 into a copy
         if self.split.host or (self.split.before and not self.split.whole):  # added to those of before
             drop((one, "gradients"))
 

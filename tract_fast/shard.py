@@ -11,7 +11,7 @@ import contextlib
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -214,8 +214,29 @@ def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype, setti
             unit.modules[0].set_unshard_in_backward(False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.size() == 1:
+                module.set_custom_reduce_scatter(OfOneRank())
+            else:
+                module.set_gradient_divide_factor(1.0)
+
+
+class OfOneRank:
+    """The reduce-scatter of a mesh of one: FSDP2 takes a buffer for what goes in and one for what comes out, divides
+    the first into a third, and copies that to the second. Here both are one buffer, a copy to itself is nothing, and
+    without a divide factor FSDP2 divides by the number of ranks, 1, which it leaves out."""
+
+    def __init__(self) -> None:
+        self.given: Tensor | None = None
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        given, self.given = self.given, None
+        if given is None:
+            given = self.given = torch.empty(*size, dtype=dtype, device=device)
+        return given
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        raise AssertionError("a mesh of one rank has nothing to reduce")
 
 
 def reshard(model: TractModel) -> None:

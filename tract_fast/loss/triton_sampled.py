@@ -158,6 +158,20 @@ def draw_kernel(
 
 
 @triton.jit
+def products(row, col, here, hidden, weight, width, E: tl.constexpr, BD: tl.constexpr):
+    """(x . w, w . w) of a row of X and the rows ``col`` (E,) of W, those that are ``here``."""
+    xw, ww = tl.zeros((E, BD), tl.float32), tl.zeros((E, BD), tl.float32)
+    for low in range(0, width, BD):
+        d = low + tl.arange(0, BD)
+        x = tl.load(hidden + row * width + d, mask=d < width, other=0.0).to(tl.float32)
+        inside = here[:, None] & (d < width)[None, :]
+        w = tl.load(weight + col[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        xw += x[None, :] * w
+        ww += w * w
+    return tl.sum(xw, 1), tl.sum(ww, 1)
+
+
+@triton.jit
 def reread(
     row, count, top, shift, start_of_row, columns, values, most, hidden, weight, width, bias, softcap, logit_scale,
     HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, EXACT: tl.constexpr, READS_W: tl.constexpr, LOWEST: tl.constexpr,
@@ -175,22 +189,16 @@ def reread(
         z, slope = transformed(raw + offset, softcap, logit_scale, SOFTCAP)
         certain = z >= shift
         ratio = tl.where(certain, 1.0, 2147483648.0 / proposal(z - shift, LOWEST, PER_NAT).to(tl.float32))
-        xw, ww = tl.zeros((E, BD), tl.float32), tl.zeros((E, BD), tl.float32)
+        xw, ww = tl.zeros((E,), tl.float32), tl.zeros((E,), tl.float32)
         if READS_W:
-            for low in range(0, width, BD):
-                d = low + tl.arange(0, BD)
-                x = tl.load(hidden + row * width + d, mask=d < width, other=0.0).to(tl.float32)
-                inside = here[:, None] & (d < width)[None, :]
-                w = tl.load(weight + col[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
-                xw += x[None, :] * w
-                ww += w * w
+            xw, ww = products(row, col, here, hidden, weight, width, E, BD)
         if EXACT:
             rounded = tl.exp(z - top)
-            z, slope = transformed(tl.sum(xw, 1) + offset, softcap, logit_scale, SOFTCAP)
+            z, slope = transformed(xw + offset, softcap, logit_scale, SOFTCAP)
             change += tl.where(here & certain, tl.exp(z - top) - rounded, 0.0)
         entry = tl.exp(z - top) * slope * ratio
         tl.store(values + at, entry, mask=here)
-        spread += tl.where(here, entry * entry * (1.0 - 1.0 / ratio) * tl.sum(ww, 1), 0.0)
+        spread += tl.where(here, entry * entry * (1.0 - 1.0 / ratio) * ww, 0.0)
     tl.debug_barrier()
     return tl.sum(change, 0), tl.sum(spread, 0)
 
@@ -219,15 +227,8 @@ def correct(
         at_random = here & (drawn_on < shift)
         ratio = 2147483648.0 / proposal(drawn_on - shift, LOWEST, PER_NAT).to(tl.float32)
         ratio = tl.where(at_random, ratio, 1.0)
-        xw, ww = tl.zeros((E, BD), tl.float32), tl.zeros((E, BD), tl.float32)
-        for low in range(0, width, BD):
-            d = low + tl.arange(0, BD)
-            x = tl.load(hidden + row * width + d, mask=d < width, other=0.0).to(tl.float32)
-            inside = here[:, None] & (d < width)[None, :]
-            w = tl.load(weight + col[:, None] * width + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            xw += x[None, :] * w
-            ww += w * w
-        z, slope = transformed(tl.sum(xw, 1) + offset, softcap, logit_scale, SOFTCAP)
+        xw, ww = products(row, col, here, hidden, weight, width, E, BD)
+        z, slope = transformed(xw + offset, softcap, logit_scale, SOFTCAP)
         slope += tl.zeros((E,), tl.float32)
         next_peak = tl.maximum(peak, tl.max(tl.where(here, z, float("-inf")), 0))
         by = tl.exp(peak - next_peak)
@@ -238,7 +239,7 @@ def correct(
         was += tl.sum(tl.where(at_random, 0.0, before), 0)
         drawn_was += tl.sum(tl.where(at_random, before, 0.0), 0)
         entry = now * slope
-        spread = spread * by * by + tl.sum(entry * entry * (1.0 - 1.0 / ratio) * tl.sum(ww, 1), 0)
+        spread = spread * by * by + tl.sum(entry * entry * (1.0 - 1.0 / ratio) * ww, 0)
         peak = next_peak
         tl.store(values + at, z + tl.log(tl.abs(slope) * ratio), mask=here)
         far = tl.minimum(tl.maximum(z - drawn_on, -FARTHEST), FARTHEST)
