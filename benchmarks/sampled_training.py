@@ -1,13 +1,14 @@
-"""Training with the sampled gradient against exact training: the curves of runs that differ in gradient and seed.
+"""Training with a sampled gradient against exact training: the curves of runs that differ in gradient and seed.
 
     for seed in 1 2 3; do for gradient in exact sampled; do
       tract-fast train recipes/vicuna/full.yaml --data.eval HELD_OUT.jsonl --train.seed $seed \
         --loss.gradient $gradient --run.dir RUNS/$gradient-$seed
     done; done
-    python -m benchmarks.sampled_training RUNS [--out DIR]
+    python -m benchmarks.sampled_training RUNS [--other NAME] [--out DIR]
 
-Reads ``metrics.jsonl`` of every run in RUNS named so. Prints the held-out measures at the end of each run, and how far
-the two gradients of a seed lie apart beside how far seeds do; writes sampled-training.json and .png.
+Reads ``metrics.jsonl`` of every run in RUNS named so; ``--other int8``: of runs int8-1, int8-2, ... in place of
+sampled-1, ... (with ``--loss.proposal int8`` besides). Prints the held-out measures at the end of each run, and how far
+the two gradients of a seed lie apart beside how far seeds do; writes sampled-training.json and .png, or int8-training.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]  # gradient -> seed -> lines o
 MEASURES = ("ce", "pearson", "rmse")
 
 
-def read(folder: Path) -> Runs:
-    found: Runs = {"exact": {}, "sampled": {}}
+def read(folder: Path, other: str) -> Runs:
+    found: Runs = {"exact": {}, other: {}}
     for path in sorted(folder.glob("*-*/metrics.jsonl")):
         gradient, _, seed = path.parent.name.partition("-")
         if gradient in found:
@@ -48,9 +49,10 @@ def distance(a: list[dict], b: list[dict], key: str) -> float:
 
 def compare(runs: Runs) -> dict[str, Any]:
     """Differences between gradients (of one seed) and between seeds (of one gradient), largest of each."""
-    seeds = sorted(runs["exact"].keys() & runs["sampled"].keys())
+    exact, other = runs.values()
+    seeds = sorted(exact.keys() & other.keys())
     pairs = {
-        "gradients": [(runs["exact"][s], runs["sampled"][s]) for s in seeds],
+        "gradients": [(exact[s], other[s]) for s in seeds],
         "seeds": [(g[a], g[b]) for g in runs.values() for a, b in combinations(seeds, 2)],
     }
     found: dict[str, Any] = {}
@@ -66,8 +68,8 @@ def plot(runs: Runs, path: Path) -> None:
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    for gradient, style in (("exact", "-"), ("sampled", "--")):
-        for i, (seed, lines) in enumerate(runs[gradient].items()):
+    for (gradient, of), style in zip(runs.items(), ("-", "--"), strict=True):
+        for i, (seed, lines) in enumerate(of.items()):
             axes.plot(steps(lines, "step"), steps(lines, "ce"), style, color=f"C{i}", label=f"{gradient}, seed {seed}")
     axes.set(xlabel="step", ylabel="cross-entropy of the step, nats per token")
     axes.legend(fontsize=8)
@@ -77,9 +79,12 @@ def plot(runs: Runs, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path)
+    parser.add_argument("--other", default="sampled", help="what the runs that are not exact are named by")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    runs = read(args.runs)
+    if args.other == "exact":
+        parser.error("--other exact: must name the runs that are held against the exact ones, such as sampled")
+    runs = read(args.runs, args.other)
     last = {g: {seed: held_out(lines) for seed, lines in of.items()} for g, of in runs.items()}
     for gradient, of in last.items():
         for seed, found in of.items():
@@ -89,8 +94,8 @@ def main() -> None:
         print(f"between {name}, at most:", " ".join(f"{k} {v:.4f}" for k, v in row.items()))
     args.out.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"held out": last, "differences": found, "metrics": runs}, indent=1)
-    (args.out / "sampled-training.json").write_text(text + "\n")
-    plot(runs, args.out / "sampled-training.png")
+    (args.out / f"{args.other}-training.json").write_text(text + "\n")
+    plot(runs, args.out / f"{args.other}-training.png")
 
 
 if __name__ == "__main__":

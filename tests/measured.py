@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, int, dict, int, dict]] = {
     ),
     "several chunks, dW in float32": ("llama_tied", 160_000, THIN, 1, {**BF16, "train__batch": 80}),
     "sampled, micro-batches": ("llama", 16_000, WIDE, 1, {"loss__gradient": "sampled", "train__max_tokens": 1200}),
+    "full, micro-batches, tied": ("llama_tied", 16_000, THIN, 1, {"train__max_tokens": 200}),
+    "two replicas, bfloat16": ("llama", 8000, WIDE, 2, {**BF16, "shard__replicate": 2}),
     "four ranks, gemma3, bfloat16, micro-batches": ("gemma3", 8000, WIDE, 4, {**BF16, "train__max_tokens": 300}),
 }  # fmt: skip
 
@@ -76,7 +78,7 @@ def make(name: str, folder: Path) -> Recipe:
 def measure(recipe: Recipe, world: int) -> dict[str, int]:
     """``peak``: the most bytes of tensors in the second step above those at its start, ``held``."""
     data = prepare(recipe, lambda text: None)
-    with ranks_of(world) as ranks, launch.StopSignal(loud=False) as stop:
+    with ranks_of(world, recipe.shard.replicate) as ranks, launch.StopSignal(loud=False) as stop:
         job = train.assemble(recipe, ranks, data, lambda text: None)
         native.scratch = lambda like, rows, columns: like.new_empty(rows, columns)
         train.train_step(job, 0, stop)
@@ -99,7 +101,7 @@ def peak_of(step: Callable[[], object], device: torch.device) -> int:
 
 
 @contextmanager
-def ranks_of(world: int) -> Iterator[Ranks]:
+def ranks_of(world: int, replicate: int) -> Iterator[Ranks]:
     """This process as the first of so many ranks."""
     if world == 1:
         with shard.start_ranks() as ranks:
@@ -108,7 +110,7 @@ def ranks_of(world: int) -> Iterator[Ranks]:
     device = torch.device("cpu")
     weights._of_any_rank = lambda text: text  # objects cannot be exchanged with ranks that are not there
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
-    yield Ranks(0, world, device, shard.make_mesh(device, world, 1))
+    yield Ranks(0, world, device, shard.make_mesh(device, world, replicate))
     dist.destroy_process_group()
 
 

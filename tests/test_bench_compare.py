@@ -14,8 +14,8 @@ from benchmarks import compare
 from benchmarks.compare import Ratio, ratios
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-NO_RATIOS = ("sampled-training", "parts", "proposal")
-FILES = sorted(p for p in RESULTS.glob("*/*.json") if not p.name.startswith(NO_RATIOS))
+NO_RATIOS = ("parts", "proposal")
+FILES = sorted(p for p in RESULTS.glob("*/*.json") if not p.stem.startswith(NO_RATIOS) and "-training" not in p.stem)
 STEP = {
     "versions": {"device": "CPU", "dtype": "bfloat16"},
     "rows": [

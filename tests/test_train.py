@@ -101,6 +101,30 @@ def test_gradient_equals_plain_autograd(tmp_path, lora_rank):
         torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_one_rank_has_one_buffer_for_the_gradients_of_a_unit(tmp_path, monkeypatch):
+    """What goes into FSDP2's reduction is what comes out of it, and of the first micro-batch what gradients are in."""
+    given, allocate = [], shard.OfOneRank.allocate
+    monkeypatch.setattr(
+        shard.OfOneRank, "allocate", lambda *args, **kwargs: given.append(allocate(*args, **kwargs)) or given[-1]
+    )
+    _, _, count, _, job = gradients(tiny_recipe(tmp_path, train__batch=8, train__max_tokens=300))
+    pairs = list(zip(given[::2], given[1::2], strict=True))
+    assert count > 1 and len(pairs) % count == 0
+    assert all(one is two for one, two in pairs)
+    first = {one.untyped_storage().data_ptr() for one, _ in pairs[: len(pairs) // count]}
+    assert {p.grad.to_local().untyped_storage().data_ptr() for p in job.model.trainable().values()} == first
+
+
+def test_a_buffer_whose_reduction_failed_is_not_given_again():
+    comm, about = shard.OfOneRank(), {"dtype": torch.float32, "device": torch.device("cpu")}
+    first = comm.allocate((5,), **about)
+    del first  # as where an error lets it go before the second call
+    second = comm.allocate((6,), **about)
+    assert len(second) == 6 and comm.allocate((6,), **about) is second
+    with pytest.raises(AssertionError, match="nothing to reduce"):
+        comm(second, second, None, None)
+
+
 def weights(run_dir, step):
     stored = Stored((checkpoint.folder(Path(run_dir)) / f"step_{step:06d}").glob("*.safetensors"))
     return {name: stored.whole(name) for name in stored.shapes}

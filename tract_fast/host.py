@@ -21,38 +21,43 @@ import torch
 
 SHAPES = 16  # of products: attention to a document has 12, the layers' own as many; where code is compiled for every
 # call, attention takes a twelfth longer, and small layers half as long again
+MOST = 1024  # what both keep where nothing is said
 CAPACITY = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")  # oneDNN's own, and that of the layer above it
+TUNABLES = "GLIBC_TUNABLES"
 ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_")
+OTHERS = ("jemalloc", "tcmalloc", "mimalloc")  # allocators that are put before glibc's
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 NEVER = -1
 
 
 def limit_code(device: torch.device, documents: int = 1) -> None:
     """Have a CPU keep the code of no more products than a micro-batch of so many documents, or a batch of one length,
-    has. Without effect once a product has run in this process; what the user has set stays."""
+    has. Without effect once a product has run in this process; what is set already stays. Processes that this one
+    starts have the same limits."""
     if device.type == "cpu":
         for name in CAPACITY:
-            os.environ.setdefault(name, str(SHAPES * (max(documents, 2) + 2)))
+            os.environ.setdefault(name, str(min(MOST, SHAPES * (max(documents, 2) + 2))))
 
 
 def keep_freed_memory(device: torch.device) -> str:
-    """Have glibc keep what is freed, for the rest of the process, where ``device`` is a CPU; returns what is done and
-    why. Where the user has set the allocator up, by variables of glibc, it stays so."""
+    """Have glibc keep what the main thread frees, for the rest of the process, where a model is computed on a CPU;
+    returns what is done and why. Where the user has set the allocator up, it stays so."""
     if device.type != "cpu":
-        return "as the system has it (nothing is computed there)"
-    own = set_up_by_user(os.environ)
-    if own:
+        return "as the system has it (the model is not computed there)"
+    if own := set_up_by_user(os.environ):
         return f"as {own} has it"
     if platform.libc_ver()[0] != "glibc":
         return "as the system has it (only glibc's allocator can be told)"
     libc = ctypes.CDLL(None)
-    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, NEVER)):
-        return "as the system has it (glibc refused)"
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, NEVER)
     return "freed memory is kept for the next step (new pages cost more than what is computed on them)"
 
 
 def set_up_by_user(environment: Mapping[str, str]) -> str | None:
     """The variable by which a user has set glibc's allocator up or put another one before it; None: there is none."""
-    if "malloc" in environment.get("GLIBC_TUNABLES", ""):
-        return "GLIBC_TUNABLES"
-    return next((name for name in (*ALLOCATOR, "LD_PRELOAD") if environment.get(name)), None)
+    if "glibc.malloc." in environment.get(TUNABLES, ""):
+        return TUNABLES
+    if any(name in environment.get("LD_PRELOAD", "") for name in OTHERS):
+        return "LD_PRELOAD"
+    return next((name for name in ALLOCATOR if environment.get(name)), None)

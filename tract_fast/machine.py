@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tract_fast.host import ALLOCATOR, CAPACITY
+from tract_fast.host import ALLOCATOR, CAPACITY, TUNABLES
 
 DRIVER = Path("/proc/driver/nvidia/version")
 # environment variables that change what runs or how fast; no others are shown
@@ -24,7 +24,7 @@ SHOWN = (
     "OMP_NUM_THREADS",
     *CAPACITY,
     *ALLOCATOR,
-    "GLIBC_TUNABLES",
+    TUNABLES,
     "PYTORCH_ALLOC_CONF",
     "PYTORCH_CUDA_ALLOC_CONF",
 )

@@ -31,6 +31,8 @@ class Split:
     host: bool  # parameters and their gradients are in host memory
     before: bool  # micro-batches came before the one that is looked at, the last of a step
     whole: bool  # their gradients are summed whole and reduced after the last one (LoRA)
+    alone: bool  # one rank on a CPU, whose reduction has one buffer (shard.OfOneRank)
+    replicated: bool  # on several ranks
 
     def shard(self, p: Tensor) -> int:
         """Elements of the first rank, which holds the most: dimension 0 is cut into equal parts, the last padded."""
@@ -143,14 +145,21 @@ class Mimic:
         if not with_grad:
             return
         shard = sum(self.split.shard(p) for p in with_grad)
-        if self.split.ways > 1:  # one rank's buffer is that of its gradients
-            hold((one, "reduced"), REDUCED, 4 * shard * self.split.ways)
-            self.reducing.append(one)
+        hold((one, "reduced"), REDUCED, 4 * shard * self.split.ways)
+        self.reducing.append(one)
         for p in with_grad:
             p.grad = None
             drop((p, "summed"))
+        added = self.split.host or (self.split.before and not self.split.whole)  # to those of before
+        if self.split.alone:
+            if not added:  # the buffer is that of the gradients
+                drop((one, "reduced"))
+                hold((one, "gradients"), GRADIENTS, 4 * shard)
+            return
         hold((one, "gradients"), GRADIENTS, 4 * shard)
-        if self.split.host or (self.split.before and not self.split.whole):  # added to those of before
+        if self.split.ways == 1 and self.split.replicated:
+            self.ledger.touch(4 * shard, REDUCED)  # divided by 1 into a copy
+        if added:
             drop((one, "gradients"))
 
     def finish(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import socket
 import time
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -215,24 +216,28 @@ def shard(model: TractModel, mesh: DeviceMesh, compute_dtype: torch.dtype, setti
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
-            if mesh.size() == 1:
+            if mesh.size() > 1:
+                module.set_gradient_divide_factor(1.0)  # one rank has that without, and no copy that is divided by 1
+            elif mesh.device_type == "cpu":
                 module.set_custom_reduce_scatter(OfOneRank())
-            else:
-                module.set_gradient_divide_factor(1.0)
 
 
 class OfOneRank:
-    """The reduce-scatter of a mesh of one: FSDP2 takes a buffer for what goes in and one for what comes out, divides
-    the first into a third, and copies that to the second. Here both are one buffer, a copy to itself is nothing, and
-    without a divide factor FSDP2 divides by the number of ranks, 1, which it leaves out."""
+    """The reduce-scatter of a mesh of one: FSDP2 asks for a buffer that gradients go into, then for one that they come
+    out of, and copies the first to the second. Here both are one, and a copy to itself is nothing.
+
+    For CPUs: on CUDA the second buffer is of the stream of the reduction, which may read it after the first one, of the
+    stream of the computation, would have been given to somebody else.
+    """
 
     def __init__(self) -> None:
-        self.given: Tensor | None = None
+        self.given: weakref.ref[Tensor] | None = None  # dead where the second call never came
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        given, self.given = self.given, None
+        given, self.given = self.given and self.given(), None
         if given is None:
-            given = self.given = torch.empty(*size, dtype=dtype, device=device)
+            given = torch.empty(*size, dtype=dtype, device=device)
+            self.given = weakref.ref(given)
         return given
 
     def __call__(self, *args: Any, **options: Any) -> None:

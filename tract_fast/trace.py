@@ -113,6 +113,8 @@ def peak(recipe: Recipe, data: Prepared, examples: Sequence[Encoded], place: Pla
         host=host,
         before=several,
         whole=recipe.lora.rank > 0,
+        alone=place.world == 1 and place.device.type == "cpu",
+        replicated=recipe.shard.replicate > 1,
     )
     multiple = CUDA_BLOCK if place.device.type == "cuda" else 1
     ledger = Ledger(functools.partial(footprint.inside, device_type=place.device.type), multiple)

@@ -125,12 +125,14 @@ def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> 
 def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], None]) -> Job:
     """Build and shard the model, make the optimizer, count the steps."""
     dtype = model.DTYPES[recipe.model.dtype]
-    host.limit_code(ranks.device, most_documents(recipe, data, ranks.world))  # before the first product
     say(f"host memory: {host.keep_freed_memory(ranks.device)}")
     attention_name, _ = model.choose_attention(recipe.model, data.config, ranks.device)
     shared = sharing.choose_sharing(recipe, data.config, attention_name, data.train, ranks.world)
     say(shared.line)
     share = shared.share is not None
+    settings, lengths = recipe.train, [len(e.ids) for e in data.train]
+    most = batches.most_documents(lengths, settings.batch, settings.max_tokens, ranks.world, shared=share)
+    host.limit_code(ranks.device, most)  # before the first product
     place = lambda built: shard.shard(built, ranks.mesh, dtype, recipe.shard)  # noqa: E731
     built = model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, say, place, share=share)
     trained = built.trainable()
@@ -140,7 +142,6 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
         "masters float32"
     )
     built.train()
-    settings = recipe.train
     total = batches.total_steps(
         len(data.train), batch=settings.batch, epochs=settings.epochs, max_steps=settings.max_steps
     )
@@ -152,13 +153,6 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
         say(f"mfu: of {peak / 1e12:.0f} TFLOP/s a device ({source})" if peak else f"mfu: not shown ({source})")
     steps = feed.Feed(recipe, data.train, shared, ranks, work, total)
     return Job(recipe, ranks, data, built, optim.adamw(trained.values(), settings), total, shared, steps, work, peak)
-
-
-def most_documents(recipe: Recipe, data: Prepared, world: int) -> int:
-    """About how many sequences a micro-batch has at most."""
-    lengths = [len(e.ids) for e in data.train]
-    fit = math.ceil(recipe.train.max_tokens * len(lengths) / sum(lengths))
-    return min(fit, math.ceil(recipe.train.batch / world))
 
 
 def agreed(start: Path | None, run_dir: Path, ranks: Ranks) -> Path | None:

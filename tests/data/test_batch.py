@@ -14,6 +14,7 @@ from tract_fast.data.batch import (
     collate,
     groups_of,
     layout_of,
+    most_documents,
     normalizer,
     pack,
     pack_examples,
@@ -28,6 +29,17 @@ from tract_fast.errors import UserError
 def encoded(prompt: int, target: int, *, score=3.0, weight=1.0, name="e", start=0) -> Encoded:
     ids = tuple(range(start, start + prompt + target))
     return Encoded(ids=ids, prompt_len=prompt, label_index=0, score=score, weight=weight, id=name, question="q")
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    room=st.integers(60, 200),
+    world=st.integers(1, 3),
+)
+def test_most_documents_bounds_every_micro_batch(lengths, room, world):
+    most = most_documents(lengths, len(lengths), room, world, shared=False)
+    for rank in pack(lengths, max_tokens=room, world=world):
+        assert all(len(micro) <= most for micro in rank)
 
 
 @given(n=st.integers(1, 50), batch=st.integers(1, 12), seed=st.integers(0, 5), shuffle=st.booleans())

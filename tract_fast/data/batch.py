@@ -136,6 +136,12 @@ def step_indices(
     return np.concatenate(members)[start - before : end - before]
 
 
+def most_documents(lengths: Sequence[int], batch: int, max_tokens: int, world: int, *, shared: bool) -> int:
+    """At most so many sequences are in a micro-batch; of those that share prompts ``max_tokens`` says little."""
+    of_rank = math.ceil(batch / world)
+    return of_rank if shared else min(of_rank, max_tokens // min(lengths))
+
+
 def check_fits(lengths: Sequence[int], max_tokens: int) -> None:
     """Raise UserError when a sequence is longer than a micro-batch may be: none is ever cut."""
     if lengths and max(lengths) > max_tokens:
