@@ -131,7 +131,7 @@ def assemble(recipe: Recipe, ranks: Ranks, data: Prepared, say: Callable[[str], 
     say(shared.line)
     share = shared.share is not None
     settings, lengths = recipe.train, [len(e.ids) for e in data.train]
-    most = batches.most_documents(lengths, settings.batch, settings.max_tokens, ranks.world, shared=share)
+    most = batches.most_documents(lengths, settings.batch, settings.max_tokens, shared=share)
     host.limit_code(ranks.device, most)  # before the first product
     place = lambda built: shard.shard(built, ranks.mesh, dtype, recipe.shard)  # noqa: E731
     built = model.build(recipe, data.config, data.tokenizer, data.scale, ranks.device, say, place, share=share)

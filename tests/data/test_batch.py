@@ -37,7 +37,7 @@ def encoded(prompt: int, target: int, *, score=3.0, weight=1.0, name="e", start=
     world=st.integers(1, 3),
 )
 def test_most_documents_bounds_every_micro_batch(lengths, room, world):
-    most = most_documents(lengths, len(lengths), room, world, shared=False)
+    most = most_documents(lengths, len(lengths), room, shared=False)
     for rank in pack(lengths, max_tokens=room, world=world):
         assert all(len(micro) <= most for micro in rank)
 

@@ -136,10 +136,9 @@ def step_indices(
     return np.concatenate(members)[start - before : end - before]
 
 
-def most_documents(lengths: Sequence[int], batch: int, max_tokens: int, world: int, *, shared: bool) -> int:
+def most_documents(lengths: Sequence[int], batch: int, max_tokens: int, *, shared: bool) -> int:
     """At most so many sequences are in a micro-batch; of those that share prompts ``max_tokens`` says little."""
-    of_rank = math.ceil(batch / world)
-    return of_rank if shared else min(of_rank, max_tokens // min(lengths))
+    return batch if shared else min(batch, max_tokens // min(lengths))
 
 
 def check_fits(lengths: Sequence[int], max_tokens: int) -> None:

@@ -55,8 +55,7 @@ def _chunked(args: tuple, device_type: str) -> int:
 def _sampled(args: tuple, device_type: str) -> int:
     a, codes = Arguments(*args[:-N_OWN]), args[-2]
     (n, width), n_vocab, size = a.hidden.shape, a.weight.shape[0], a.hidden.element_size()
-    # a step that is computed again without a proposal has the chunks of one
-    rows = min(max(rows_at_once(a, c, device_type) for c in {codes, None}), n)
+    rows = min(rows_at_once(a, device_type), n)
     packed = codes.numel() if codes is not None and codes.dtype == torch.int8 else 0  # as oneDNN has them
     return (
         rows * padded(n_vocab) * size

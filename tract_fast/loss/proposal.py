@@ -27,9 +27,6 @@ CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 BLOCK, BLOCK_CUDA = 2**18, 2**24  # elements that are quantised at a time: on a CPU what caches hold, in float32
 SMALLEST = 1e-30  # scale: what is divided by it stays finite
 ALIGNMENT = 16  # of the width and the vocabulary, for float8 GEMMs
-# Bytes of int8's logits at a time: a library allocates them anew, which is cheap up to 32 MiB, and a cache may hold
-# them from the product to the draw. Not tuned.
-HELD = 24 * 2**20
 
 Quantized = tuple[Tensor, Tensor]
 
@@ -151,13 +148,15 @@ def logits_of(rows: Tensor, weight: QuantizedWeight, n_vocab: int) -> tuple[Tens
 
 def _by_onednn(codes: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     """(n, V) of ``dtype``: codes times W. Of the products in PyTorch this is the one that writes 16 bits instead of 32.
-    It takes one scale for all hidden states, so that theirs are left to whoever reads the logits."""
+    It takes one scale for all hidden states, so that theirs are left to whoever reads the logits. Those go in without a
+    sign, from 0 to 255, as VNNI multiplies them: with signed ones oneDNN 3.12 takes its reference loop."""
     packed = _packed.get(weight.codes)
     if packed is None:
         packed = _packed[weight.codes] = torch.ops.onednn.qlinear_prepack(weight.codes, list(codes.shape))
     zeros = torch.zeros(len(weight.codes), dtype=torch.int32)
     result = (1.0, 0, dtype, "none", [], "")
-    return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed, weight.scales, zeros, None, *result)
+    unsigned = codes.view(torch.uint8) ^ 128  # code + 128
+    return torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, 128, packed, weight.scales, zeros, None, *result)
 
 
 def corrected(

@@ -82,7 +82,7 @@ def sampled_loss(*args) -> tuple[Tensor, ...]:
     quantized = None if codes is None else proposal.QuantizedWeight(codes, scales)
     a = a._replace(hidden=a.hidden.contiguous(), weight=a.weight.contiguous())
     n, n_vocab = len(a.hidden), len(a.weight)
-    step = rows_at_once(a, codes)
+    step = rows_at_once(a)
     terms, stats = row_terms(a), new_stats(a)
     dx, lists = _new_dx(a), _new_lists(a, eps)
     spread, norm = (a.hidden.new_zeros(n, dtype=torch.float32) for _ in range(2))
@@ -132,13 +132,11 @@ def language(device_type: str, dtype: torch.dtype) -> str:
     return "C++" if device_type == "cpu" and native.runs(dtype) else "PyTorch"
 
 
-def rows_at_once(a: Arguments, codes: Tensor | None, device_type: str | None = None) -> int:
+def rows_at_once(a: Arguments, device_type: str | None = None) -> int:
     """Rows of a chunk, on a device of that type or that of ``a``."""
     device_type = device_type or a.hidden.device.type
-    held = codes is not None and codes.dtype == torch.int8
-    budget = min(a.budget or proposal.HELD, proposal.HELD) if held else a.budget
     sizes = {"logit_bytes": a.hidden.element_size(), "trained_weight": False, "device": device_type}
-    return plan_chunks(a.hidden.shape[0], a.weight.shape[0], a.hidden.shape[1], budget=budget, **sizes).rows
+    return plan_chunks(a.hidden.shape[0], a.weight.shape[0], a.hidden.shape[1], budget=a.budget, **sizes).rows
 
 
 def _new_dx(a: Arguments) -> Tensor:
