@@ -14,7 +14,7 @@ struct Logistic {
   float s, rest;  // s(x), 1 - s(x)
 };
 inline Logistic logistic(float x) {
-  const float e = exp_nonpositive(x < 0.0f ? x : -x);
+  const float e = exp_bounded(x < 0.0f ? x : -x);
   const float large = 1.0f / (1.0f + e), small = e * large;
   return x < 0.0f ? Logistic{small, large} : Logistic{large, small};
 }
@@ -34,7 +34,7 @@ inline float normal_cdf(float x) {
   p = p * t + 0.37409196f;
   p = p * t + 1.00002368f;
   p = p * t - 1.26551223f;
-  const float tail = 0.5f * t * exp_nonpositive(p - z * z);
+  const float tail = 0.5f * t * exp_bounded(p - z * z);
   return x < 0.0f ? tail : 1.0f - tail;
 }
 
@@ -48,7 +48,7 @@ inline Acted act<Activation::silu>(float x) {
 template <>
 inline Acted act<Activation::gelu>(float x) {
   const float cdf = normal_cdf(x);
-  return {x * cdf, cdf + x * 0.39894228f * exp_nonpositive(-0.5f * x * x)};
+  return {x * cdf, cdf + x * 0.39894228f * exp_bounded(-0.5f * x * x)};
 }
 template <>
 inline Acted act<Activation::gelu_tanh>(float x) {  // (1 + tanh u) / 2 = s(2 u)

@@ -1,13 +1,12 @@
-// The kernels of row_pass.h as plain loops that compilers vectorise, for the instruction set that this is compiled for.
+// The kernels of row_pass.h for the instruction set that this is compiled for: the passes over plain logits in registers,
+// the rest as plain loops that compilers vectorise.
 // Included once by every file in variants/, which names its namespace in TRACT_FAST_VARIANT. No templates of std:: here:
 // the linker keeps one copy of each, which might be the one for a processor that this is not.
 
 #include <cfloat>
 #include <limits>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
+#include "registers.h"
 #include "row_pass.h"
 
 namespace tract_fast::TRACT_FAST_VARIANT {
@@ -15,10 +14,9 @@ namespace {
 
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-using bfloat16 = uint16_t;
-
-// What take_out() writes: quiet NaNs with a payload of their own, compared as integers. A NaN that arithmetic makes has
-// none, so that it is not mistaken for them, and -inf is a logit like any other.
+// What take_out() writes where bias, scale or cap follow: quiet NaNs with a payload of their own, compared as integers. A
+// NaN that arithmetic makes has none, so that it is not mistaken for them, and -inf is a logit like any other. Where none
+// of them follows (is_plain), -inf is written: it has no probability, and need not be asked for.
 constexpr uint32_t OUT = 0x7fde0000u;
 inline bool is_out(float x) { return __builtin_bit_cast(uint32_t, x) == OUT; }
 inline bool is_out(bfloat16 x) { return x == OUT >> 16; }
@@ -65,21 +63,39 @@ inline void narrow_all(const float* from, bfloat16* to, int64_t n) {
 inline float* place_for(float* out, float*) { return out; }
 inline float* place_for(bfloat16*, float* buffer) { return buffer; }
 
-// e^x for x <= 0 (a NaN stays one): e^x = 2^n e^r, |r| <= ln(2) / 2; the polynomial is the one of Cephes' expf. Below
-// -88 n is -127, whose power of two is 0 in bits: no branch, or compilers would not vectorise what uses this.
-inline float exp_nonpositive(float x) {
-  x = x < -88.0f ? -88.0f : x;
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold n
-  const float n = shifted - 12582912.0f;
-  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  return p * __builtin_bit_cast(float, (__builtin_bit_cast(uint32_t, shifted) << 23) + 0x3f800000u);
+// e^x for x <= 80 (a NaN stays one), of a float or of Floats: e^x = 2^n e^r, |r| <= ln(2) / 2, n in the low bits of a sum with
+// 1.5 * 2^23. Below -88 n is -127, whose power of two is 0 in bits: no branch, or compilers would not vectorise what uses
+// this. The polynomials are of the least largest relative error with a constant of 1: 2e-9 of degree 6, 3e-6 of degree 4.
+constexpr float PER_OCTAVE = 1.44269504f, TO_INTEGER = 12582912.0f;
+
+inline float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline Floats from_bits(Words bits) { return __builtin_bit_cast(Floats, bits); }
+inline uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+inline Words to_bits(Floats x) { return __builtin_bit_cast(Words, x); }
+
+template <class F>
+inline F exp_bounded(F x) {
+  x = larger(F{} - 88.0f, x);
+  const F shifted = x * PER_OCTAVE + TO_INTEGER, n = shifted - TO_INTEGER;
+  const F r = x - n * 0.693359375f + n * 2.12194440e-4f;  // Cody and Waite: the first product is exact
+  F p = r * 1.3843217e-3f + 8.374207e-3f;
+  p = p * r + 4.1668016e-2f;
+  p = p * r + 1.666643e-1f;
+  p = p * r + 4.9999994e-1f;
+  p = p * r + 1.0f;
+  return (p * r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
+}
+
+// As exact as sums over logits of type T need it: those in bfloat16 are off by up to 2^-9 of themselves.
+template <class T, class F>
+inline F exp_of(F x) {
+  if constexpr (sizeof(T) == 4) return exp_bounded(x);
+  x = larger(F{} - 88.0f, x);
+  const F shifted = x * PER_OCTAVE + TO_INTEGER, n = shifted - TO_INTEGER, r = x - n * 0.693147181f;
+  F p = r * 4.151368e-2f + 1.6787592e-1f;
+  p = p * r + 5.000302e-1f;
+  p = p * r + 9.999668e-1f;
+  return (p * r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
 }
 
 // tanh(x) for x >= 0, given e = exp(-2 x). Below .625 the quotient cancels: there the polynomial of Cephes' tanhf.
@@ -104,7 +120,7 @@ template <class T>
 inline void transform(const RowPass& p, float factor, const T* raw, int64_t column, int64_t n, float* z, float* slope) {
   if (is_plain(p)) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) z[i] = is_out(raw[i]) ? NOTHING : widen(raw[i]) * factor;
+    for (int64_t i = 0; i < n; ++i) z[i] = widen(raw[i]) * factor;
     return;
   }
 #pragma omp simd
@@ -122,7 +138,7 @@ inline void transform(const RowPass& p, float factor, const T* raw, int64_t colu
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       const float x = (z[i] < 0.0f ? -z[i] : z[i]) / cap;
-      const float e = exp_nonpositive(-2.0f * x);  // the slope by it does not cancel as 1 - tanh^2 would
+      const float e = exp_bounded(-2.0f * x);  // the slope by it does not cancel as 1 - tanh^2 would
       const float t = tanh_positive(x, e);
       z[i] = (z[i] < 0.0f ? -t : t) * cap;
       if (slope != nullptr) slope[i] = scale * 4.0f * e / ((1.0f + e) * (1.0f + e));
@@ -140,8 +156,46 @@ T* row_of(const RowPass& p, int64_t row) {
 template <class T>
 void take_out(const RowPass& p, int64_t row) {
   T* logits = row_of<T>(p, row);
-  if (p.labels[row] >= 0) logits[p.labels[row]] = out<T>();
-  for (int64_t k = 0; k < p.n_tokens; ++k) logits[p.ids[k]] = out<T>();
+  const T nothing = is_plain(p) ? narrow<T>(NOTHING) : out<T>();
+  if (p.labels[row] >= 0) logits[p.labels[row]] = nothing;
+  for (int64_t k = 0; k < p.n_tokens; ++k) logits[p.ids[k]] = nothing;
+}
+
+// `body` of n elements, PAIR at a time, those that are missing at the end as NOTHING.
+template <class T, class Body>
+inline void over_pairs(const T* raw, int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + PAIR <= n; i += PAIR) body(load_pair(raw + i));
+  if (i == n) return;
+  T last[PAIR];
+  for (int64_t j = 0; j < PAIR; ++j) last[j] = i + j < n ? raw[i + j] : narrow<T>(NOTHING);
+  body(load_pair(last));
+}
+
+// Adds n <= BLOCK logits z = raw * factor to the sums. They are taken relative to the largest of the blocks before, and
+// again relative to their own largest where that is far above it: in the first block, most often.
+template <class T>
+inline void add_block(Sums& found, const T* raw, float factor, int64_t n) {
+  constexpr float FAR = 40.0f;  // BLOCK e^40 is a float32
+  float top = found.top, peak;
+  Floats sum, other_sum;
+  for (;;) {
+    Floats largest = all_of(-FLT_MAX), other_largest = largest;
+    sum = other_sum = Floats{};
+    over_pairs(raw, n, [&](const Pair& two) {
+      const Floats a = two.a * factor, b = two.b * factor;
+      largest = larger(a, largest);
+      other_largest = larger(b, other_largest);
+      sum += exp_of<T>(a - top);
+      other_sum += exp_of<T>(b - top);
+    });
+    peak = largest_of(larger(largest, other_largest));
+    if (!(peak > top + FAR)) break;
+    top = peak;
+  }
+  const float highest = larger(peak, top);
+  const double now = exp_bounded(top - highest), before = exp_bounded(found.top - highest);
+  found = {highest, found.others * before + sum_of<Floats, float>(sum + other_sum) * now};
 }
 
 template <class T>
@@ -152,17 +206,25 @@ Sums sums(const RowPass& p, int64_t row, int64_t begin, int64_t end) {
   Sums found{-FLT_MAX, 0.0};
   for (int64_t start = begin; start < end; start += BLOCK) {
     const int64_t n = end - start < BLOCK ? end - start : BLOCK;
-    transform(p, factor, logits + start, start, n, z, nullptr);
-    float top = found.top;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += exp_nonpositive(z[i] - top);
-    found.others = found.others * exp_nonpositive(found.top - top) + sum;
-    found.top = top;
+    if (is_plain(p)) {
+      add_block(found, logits + start, factor, n);
+    } else {
+      transform(p, factor, logits + start, start, n, z, nullptr);
+      add_block(found, z, 1.0f, n);
+    }
   }
   return found;
+}
+
+// dZ of plain logits, in registers.
+template <class T>
+inline void write_plain(T* logits, float factor, float top, int64_t n) {
+  int64_t i = 0;
+  for (; i + PAIR <= n; i += PAIR) {
+    const Pair z = load_pair(logits + i);
+    store_pair({factor * exp_of<T>(z.a - top), factor * exp_of<T>(z.b - top)}, logits + i);
+  }
+  for (; i < n; ++i) logits[i] = narrow<T>(factor * exp_of<T>(widen(logits[i]) - top));
 }
 
 template <class T>
@@ -175,6 +237,7 @@ void write(const RowPass& p, const Coefficients& c, int64_t row, int64_t begin, 
     return;
   }
   const float top = c.top, factor = c.factor * (p.softcap == 0.0f ? p.logit_scale : 1.0f);
+  if (is_plain(p)) return write_plain(logits + begin, factor, top, end - begin);
   for (int64_t start = begin; start < end; start += BLOCK) {
     const int64_t n = end - start < BLOCK ? end - start : BLOCK;
     T* out = logits + start;
@@ -182,10 +245,10 @@ void write(const RowPass& p, const Coefficients& c, int64_t row, int64_t begin, 
     transform(p, 1.0f, out, start, n, z, slope);  // dZ is of exact logits alone
     if (p.softcap == 0.0f) {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) made[i] = factor * exp_nonpositive(z[i] - top);
+      for (int64_t i = 0; i < n; ++i) made[i] = factor * exp_bounded(z[i] - top);
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) made[i] = factor * exp_nonpositive(z[i] - top) * slope[i];
+      for (int64_t i = 0; i < n; ++i) made[i] = factor * exp_bounded(z[i] - top) * slope[i];
     }
     narrow_all(made, out, n);
   }

@@ -3,11 +3,10 @@
 #include "sampled.h"
 
 #include <cmath>
+#include <cstring>
 
 namespace tract_fast {
 namespace {
-
-constexpr int64_t AHEAD = 4;  // rows of W that are on their way while one is used
 
 int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
@@ -15,16 +14,15 @@ const void* row_at(const void* rows, int64_t index, int64_t stride, Type type) {
   return static_cast<const char*>(rows) + index * stride * size_of(type);
 }
 
-// Listed rows of W lie anywhere in it: without asking for them ahead, each would be waited for.
-void prefetch_row(const Operands& o, int64_t column, Type type) {
-  const char* row = static_cast<const char*>(row_at(o.weight, column, o.w_stride, type));
-  for (int64_t byte = 0; byte < o.width * size_of(type); byte += 64) __builtin_prefetch(row + byte);
-}
+// Whether listed logits are computed again, from rows of W.
+bool again(const Operands& o, Type type) { return type != Type::float32 || o.weights != nullptr; }
+bool reads_weight(const Operands& o, Type type) { return o.dx != nullptr || again(o, type); }
 
 // A row's columns and their ratios, label and score tokens apart; returns how many. A row without gradient needs none,
 // unless its statistics are to be `corrected` by them.
-int64_t draw_row(const RowPass& p, const Lists& lists, const Coefficients& c, const SampledKernels& s, bool corrected,
-                 int64_t row) {
+int64_t draw_row(const RowPass& p, const Lists& lists, const Operands& o, const Coefficients& c, const SampledKernels& s,
+                 Type type, int64_t row) {
+  const bool corrected = o.weights != nullptr;
   const double kappa = std::fabs(c.kappa);
   if (!((kappa > 0.0 || corrected) && c.others > 0.0 && std::isfinite(kappa) && std::isfinite(c.lse))) return 0;
   const int64_t room = lists.most - p.n_tokens - 1;  // the label's is the 1
@@ -37,8 +35,10 @@ int64_t draw_row(const RowPass& p, const Lists& lists, const Coefficients& c, co
   const double sure = OVER * c.others / static_cast<double>(room - (EXTRA - 1));
   if (lists.most <= p.n_vocab && e < sure && s.longest(p, shift_of(e), row) > room) e = sure;
   const auto start = static_cast<uint32_t>(lists.starts[row]);
+  const Rows wanted{static_cast<const char*>(o.weight), o.w_stride * size_of(type),
+                    reads_weight(o, type) ? o.width * size_of(type) : 0};
   int64_t count = s.draw(p, shift_of(e), start, row, lists.columns + row * lists.most,
-                         lists.values + row * lists.most, room);
+                         lists.values + row * lists.most, room, wanted);
   // more than the bound only where float32 does not resolve the logits (of 1e5 and more): such a row has no draw
   return std::max<int64_t>(count, 0);
 }
@@ -55,21 +55,19 @@ bool reread(const RowPass& p, const Lists& lists, const Operands& o, const Kerne
             int64_t row, int64_t count, Listed& listed) {
   const int32_t* columns = lists.columns + row * lists.most;
   const void* x = row_at(o.x, row, o.x_stride, type);
-  const bool again = type != Type::float32 || o.weights != nullptr, reads_w = o.dx != nullptr || again;
+  const bool reads_w = reads_weight(o, type), exactly = again(o, type);
   listed.at.resize(count);
   listed.drawn_on.resize(count);
   listed.squares.resize(count);
-  for (int64_t i = 0; i < std::min(AHEAD, count) && reads_w; ++i) prefetch_row(o, columns[i], type);
   for (int64_t i = 0; i < count; ++i) {
-    if (i + AHEAD < count && reads_w) prefetch_row(o, columns[i + AHEAD], type);
     const void* w = row_at(o.weight, columns[i], o.w_stride, type);
     const Products at_w = reads_w ? s.products(x, w, o.width) : Products{};
     listed.squares[i] = at_w.ww;
     listed.at[i] = s.capped_at(p, row, columns[i]);
     listed.drawn_on[i] = listed.at[i].z;
-    if (again) listed.at[i] = transform(p, k, at_w.xw, columns[i]);
+    if (exactly) listed.at[i] = transform(p, k, at_w.xw, columns[i]);
   }
-  return again;
+  return exactly;
 }
 
 // The row's sums with the listed columns' logits computed again: probabilities must be those of one softmax. Those that
@@ -105,28 +103,24 @@ void write_weights(const float* ratios, const Listed& listed, double lse_was, do
   for (int i = 0; i < 4; ++i) weights[i] = static_cast<float>(std::min(all[i], 1e30));
 }
 
-// Turns the ratios of a row into values, and adds dX and its spread where they are asked for.
-void settle_row(const Lists& lists, const Operands& o, const Coefficients& c, const SampledKernels& s, Type type,
-                int64_t row, int64_t count, const Listed& listed, std::vector<float>& total) {
-  const int32_t* columns = lists.columns + row * lists.most;
+// Turns the ratios of a row into values, and finds the spread of their draw.
+void settle_row(const Lists& lists, const Operands& o, const Coefficients& c, int64_t row, int64_t count,
+                const Listed& listed) {
   float* values = lists.values + row * lists.most;
   double spread = 0.0;
   for (int64_t i = 0; i < count; ++i) {
     const double ratio = values[i];
     values[i] = static_cast<float>(c.kappa * std::exp(listed.at[i].z - c.lse) * listed.at[i].slope * ratio);
-    if (o.dx == nullptr) continue;
-    s.axpy(total.data(), values[i], row_at(o.weight, columns[i], o.w_stride, type), o.width);
     if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * listed.squares[i];
   }
   if (o.dx != nullptr) o.spread[row] = static_cast<float>(spread);
 }
 
-// Appends the entries of score tokens and label, and adds them to dX; returns how many entries there are then.
-int64_t append(const RowPass& p, const Lists& lists, const Operands& o, const Coefficients& c, const float* scores,
-               const SampledKernels& s, Type type, int64_t row, int64_t count, std::vector<float>& total) {
+// Appends the entries of score tokens and label; returns how many entries there are then.
+int64_t append(const RowPass& p, const Lists& lists, const Coefficients& c, const float* scores, int64_t row,
+               int64_t count) {
   int32_t* columns = lists.columns + row * lists.most;
   float* values = lists.values + row * lists.most;
-  const int64_t drawn = count;
   bool is_token = false;
   for (int64_t i = 0; i < p.n_tokens; ++i) {
     is_token |= p.ids[i] == p.labels[row];
@@ -137,8 +131,6 @@ int64_t append(const RowPass& p, const Lists& lists, const Operands& o, const Co
     columns[count] = static_cast<int32_t>(p.labels[row]);
     values[count++] = c.label;
   }
-  for (int64_t i = drawn; i < count && o.dx != nullptr; ++i)
-    s.axpy(total.data(), values[i], row_at(o.weight, columns[i], o.w_stride, type), o.width);
   return count;
 }
 
@@ -148,15 +140,14 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
                   int64_t begin, int64_t end) {
   const Kernels& k = variant.of(type);
   const SampledKernels& s = variant.sampled(type);
-  std::vector<float> scores(p.n_tokens), total(o.dx == nullptr ? 0 : o.width);
+  std::vector<float> scores(p.n_tokens);
   Listed listed;
   for (int64_t row = begin; row < end; ++row) {
     k.take_out(p, row);
     Sums sums = k.sums(p, row, 0, p.n_vocab);
     Coefficients c = finish(p, k, sums, row, scores.data());
-    std::fill(total.begin(), total.end(), 0.0f);
     const bool proposed = o.weights != nullptr;
-    int64_t count = p.used[row] ? draw_row(p, lists, c, s, proposed, row) : 0;
+    int64_t count = p.used[row] ? draw_row(p, lists, o, c, s, type, row) : 0;
     const float* ratios = lists.values + row * lists.most;
     const double lse_was = c.lse;
     if (reread(p, lists, o, k, s, type, row, count, listed) && count > 0) {
@@ -164,14 +155,12 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
       c = finish(p, k, sums, row, scores.data());
     }
     if (proposed) write_weights(ratios, listed, lse_was, c.lse, o.weights + 4 * row);
-    settle_row(lists, o, c, s, type, row, count, listed, total);
-    if (p.used[row]) count = append(p, lists, o, c, scores.data(), s, type, row, count, total);
+    settle_row(lists, o, c, row, count, listed);
+    if (p.used[row]) count = append(p, lists, c, scores.data(), row, count);
     lists.counts[row] = static_cast<int32_t>(count);
     if (o.dx == nullptr) continue;
-    double norm = 0.0;
-    for (const float v : total) norm += double{v} * v;
-    o.norm[row] = static_cast<float>(norm);
-    s.store(total.data(), const_cast<void*>(row_at(o.dx, row, o.width, type)), o.width);
+    const RowSum all{o.weight, o.w_stride, o.width, lists.columns + row * lists.most, ratios, count, 1.0f};
+    o.norm[row] = s.sum_rows(all, const_cast<void*>(row_at(o.dx, row, o.width, type)));
   }
 }
 
@@ -197,17 +186,21 @@ Transposed transpose(const int32_t* columns, const int32_t* counts, const float*
 void sampled_weight(const Transposed& t, const void* x, int64_t x_stride, int64_t width, float scale, void* dw,
                     void* db, int64_t begin, int64_t end, const Variant& variant, Type type) {
   const SampledKernels& s = variant.sampled(type);
-  std::vector<float> total(width);
   for (int64_t column = begin; column < end; ++column) {
-    std::fill(total.begin(), total.end(), 0.0f);
-    float sum = 0.0f;
-    for (int64_t i = t.first[column]; i < t.first[column + 1]; ++i) {
-      sum += t.values[i];
-      if (dw != nullptr) s.axpy(total.data(), t.values[i] * scale, row_at(x, t.rows[i], x_stride, type), width);
+    const int64_t first = t.first[column], count = t.first[column + 1] - first;
+    if (dw != nullptr) {
+      void* const to = const_cast<void*>(row_at(dw, column, width, type));
+      const RowSum all{x, x_stride, width, t.rows.data() + first, t.values.data() + first, count, scale};
+      if (count > 0)
+        s.sum_rows(all, to);
+      else
+        std::memset(to, 0, static_cast<size_t>(width * size_of(type)));
     }
-    if (dw != nullptr) s.store(total.data(), const_cast<void*>(row_at(dw, column, width, type)), width);
+    if (db == nullptr) continue;
+    float sum = 0.0f;
+    for (int64_t i = first; i < first + count; ++i) sum += t.values[i];
     sum *= scale;
-    if (db != nullptr) s.store(&sum, const_cast<void*>(row_at(db, column, 1, type)), 1);
+    s.store(&sum, const_cast<void*>(row_at(db, column, 1, type)), 1);
   }
 }
 

@@ -53,6 +53,23 @@ struct Products {
   float xw, ww;  // x . w, w . w
 };
 
+// Rows of W that listed columns will be read of, `bytes` each, 0 where they will not: they lie anywhere in it, and without
+// asking for them ahead each would be waited for.
+struct Rows {
+  const char* rows;
+  int64_t stride, bytes;
+};
+
+// The sum of values[i] * scale * (row index[i]) over `count` of `rows`, `stride` elements apart.
+struct RowSum {
+  const void* rows;
+  int64_t stride, width;
+  const int32_t* index;
+  const float* values;
+  int64_t count;
+  float scale;
+};
+
 // Kernels of one instruction set and type of logits.
 struct SampledKernels {
   // Entries that no draw of the row exceeds.
@@ -60,9 +77,9 @@ struct SampledKernels {
   // Columns listed and their 2^31 / f_j (1 where certain); returns how many, -1 for more than `most`. Label and score
   // tokens must be taken out.
   int64_t (*draw)(const RowPass&, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios,
-                  int64_t most);
+                  int64_t most, const Rows& wanted);
   Products (*products)(const void* x, const void* w, int64_t n);
-  void (*axpy)(float* total, float factor, const void* row, int64_t n);  // total += factor * row
+  float (*sum_rows)(const RowSum&, void* to);  // writes the sum, rounded once; returns its squared norm
   void (*store)(const float* from, void* to, int64_t n);
   Capped (*capped_at)(const RowPass&, int64_t row, int64_t column);  // of the logit as the sums had it
 };

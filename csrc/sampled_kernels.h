@@ -5,130 +5,201 @@
 namespace tract_fast::TRACT_FAST_VARIANT {
 namespace {
 
-constexpr int64_t GROUP = 64;          // columns that are skipped at once where nothing is listed
-constexpr uint32_t FEW = 1u << 25;     // f_j below it in a whole group cannot overflow its sum
-constexpr float LOWEST = -21.487562f;  // -31 ln 2: f_j is 1 there and below
-constexpr float PER_NAT = 12102203.0f;  // 2^23 / ln 2
+constexpr int64_t GROUP = 64;             // columns that are skipped at once where nothing is listed
+constexpr float LOWEST = -21.487562f;     // -31 ln 2: f_j is 1 there and below
+constexpr float PER_NAT = 12102203.0f;    // 2^23 / ln 2
+constexpr float HIGHEST = -9e-8f;         // -1 / PER_NAT and a little: 2^31 itself does not fit
 
 // f_j for z - shift = a: 2^31 e^a, a power of two interpolated linearly, so at least e^a and at most 6.2% more; KEPT from
 // 0 on, 0 at -inf (what is taken out, and what has no probability). Multiplying and truncating are one rounding each and the rest is integers: no compiler has a choice.
-inline uint32_t proposal(float a) {
-  const float bounded = a < LOWEST ? LOWEST : a;
-  int32_t steps = static_cast<int32_t>((bounded < 0.0f ? bounded : -0.0f) * PER_NAT);
-  steps = steps < -1 ? steps : -1;  // 2^31 itself does not fit
-  const float f = __builtin_bit_cast(float, steps + (158 << 23));
-  const uint32_t whole = static_cast<uint32_t>(static_cast<int32_t>(f));
-  const uint32_t drawn = a == NOTHING ? 0u : whole;
-  return a < 0.0f ? drawn : KEPT;
+inline Floats unrounded(Floats a) {
+  const Floats bounded = smaller(larger(a, all_of(LOWEST)), all_of(HIGHEST));
+  return __builtin_bit_cast(Floats, __builtin_convertvector(bounded * PER_NAT, Ints) + (158 << 23));
 }
+inline Words drawn(Floats a, Floats f) {
+  return __builtin_bit_cast(Words, __builtin_convertvector(f, Ints) & (a != NOTHING));
+}
+inline Words proposal(Floats a) { return drawn(a, unrounded(a)) | __builtin_bit_cast(Words, a >= 0.0f); }
 
-// Of n <= BLOCK logits. The shift goes off before the factor, so that no compiler makes one operation of the two.
-template <class T>
-inline void proposals(const RowPass& p, float factor, const T* raw, int64_t column, int64_t n, float shift,
-                      uint32_t* f) {
-  if (is_plain(p)) {
-    const float before = shift / factor;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i)
-      f[i] = proposal(((is_out(raw[i]) ? NOTHING : widen(raw[i])) - before) * factor);
-    return;
+// `body(begin, raw, before, factor)` of GROUP columns at a time: z - shift is (raw - before) * factor. Plain ones are read
+// where they are; others, and those that are missing at the end, as NOTHING, from a buffer. The shift goes off before the
+// factor, so that no compiler makes one operation of the two. Ends where `body` returns false.
+template <class T, class Body>
+inline void over_groups(const RowPass& p, float shift, int64_t row, const Body& body) {
+  alignas(64) float z[GROUP];
+  const T* logits = row_of<T>(p, row);
+  const bool plain = is_plain(p);
+  const float factor = factor_of(p, row), before = shift / factor;
+  for (int64_t begin = 0; begin < p.n_vocab; begin += GROUP) {
+    const int64_t n = p.n_vocab - begin < GROUP ? p.n_vocab - begin : GROUP;
+    if (plain && n == GROUP) {
+      if (!body(begin, logits + begin, before, factor)) return;
+      continue;
+    }
+    transform(p, plain ? 1.0f : factor, logits + begin, begin, n, z, nullptr);  // the factor goes on once
+    for (int64_t i = n; i < GROUP; ++i) z[i] = NOTHING;
+    if (!body(begin, z, plain ? before : shift, plain ? factor : 1.0f)) return;
   }
-  alignas(64) float z[BLOCK];
-  transform(p, factor, raw, column, n, z, nullptr);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) f[i] = proposal(z[i] - shift);
 }
 
 template <class T>
 int64_t longest(const RowPass& p, float shift, int64_t row) {
-  alignas(64) uint32_t f[BLOCK];
-  const float factor = factor_of(p, row);
   uint64_t sum = 0;
   int64_t kept = 0;
-  for (int64_t begin = 0; begin < p.n_vocab; begin += BLOCK) {
-    const int64_t n = p.n_vocab - begin < BLOCK ? p.n_vocab - begin : BLOCK;
-    proposals(p, factor, row_of<T>(p, row) + begin, begin, n, shift, f);
-    for (int64_t group = 0; group < n; group += GROUP) {
-      const int64_t end = n - group < GROUP ? n : group + GROUP;
-      uint32_t certain = 0, low = 0, high = 0;  // halves, whose sums over a group fit 32 bits
-#pragma omp simd reduction(+ : certain, low, high)
-      for (int64_t i = group; i < end; ++i) {
-        const uint32_t counted = f[i] == KEPT ? 0u : f[i];
-        certain += f[i] == KEPT;
-        low += counted & 0xffffu;
-        high += counted >> 16;
-      }
-      kept += certain;
-      sum += (uint64_t{high} << 16) + low;
+  over_groups<T>(p, shift, row, [&](int64_t, const auto* raw, float before, float factor) {
+    Words certain{}, low{}, high{};  // halves, whose sums over a group fit 32 bits
+    for (int64_t i = 0; i < GROUP; i += LANES) {
+      const Words f = proposal((load(raw + i) - before) * factor), is_kept = __builtin_bit_cast(Words, f == KEPT);
+      certain -= is_kept;
+      low += f & ~is_kept & 0xffffu;
+      high += (f & ~is_kept) >> 16;
     }
-  }
+    kept += sum_of<Words, uint32_t>(certain);
+    sum += (uint64_t{sum_of<Words, uint32_t>(high)} << 16) + sum_of<Words, uint32_t>(low);
+    return true;
+  });
   return kept + static_cast<int64_t>(sum >> 31) + 1;
 }
 
-// Lists columns from `columns[count]` on; returns how many there are then, or -1 where they are more than `most`.
+// Whether a group lists nothing, from where `sum` stands; then it is added to it. Below 2^31 it passes one multiple at most,
+// which the sum's highest bit shows; from there on, and so where a column is listed for certain, it is not skipped.
 template <class T>
-int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios, int64_t most) {
+inline bool skips(const T* raw, float before, float factor, uint32_t& sum) {
+  constexpr float ONE = 2147483648.0f;
+  Words total{};
+  Floats size{};
+  for (int64_t i = 0; i < GROUP; i += PAIR) {
+    const Pair two = load_pair(raw + i);
+    const Floats a = (two.a - before) * factor, b = (two.b - before) * factor, first = unrounded(a), second = unrounded(b);
+    total += drawn(a, first) + drawn(b, second);
+    size += first + second;
+  }
+  const uint32_t next = sum + sum_of<Words, uint32_t>(total);
+  if (((sum ^ next) >> 31) != 0) return false;
+  const bool may_be_large = any_of(__builtin_bit_cast(Words, size >= ONE / LANES), ~0u);
+  if (may_be_large && sum_of<Floats, float>(size) >= 0.999f * ONE) return false;
+  sum = next;
+  return true;
+}
+
+// Lists columns; returns how many, or -1 where they are more than `most`.
+template <class T>
+int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios, int64_t most,
+             const Rows& wanted) {
   alignas(64) uint32_t f[GROUP];
-  const T* logits = row_of<T>(p, row);
-  const bool plain = is_plain(p);
-  const float factor = factor_of(p, row), before = shift / factor;
   uint32_t sum = start;
   int64_t count = 0;
-  for (int64_t begin = 0; begin < p.n_vocab; begin += GROUP) {
-    const int64_t n = p.n_vocab - begin < GROUP ? p.n_vocab - begin : GROUP;
-    uint32_t any = 0, total = 0;
-    if (plain && n == GROUP) {  // in registers: most groups are read here and nowhere else
-#pragma omp simd reduction(| : any) reduction(+ : total)
-      for (int64_t i = 0; i < GROUP; ++i) {
-        const T raw = logits[begin + i];
-        const uint32_t one = proposal(((is_out(raw) ? NOTHING : widen(raw)) - before) * factor);
-        any |= one;
-        total += one;
-      }
-    } else {
-      proposals(p, factor, logits + begin, begin, n, shift, f);
-#pragma omp simd reduction(| : any) reduction(+ : total)
-      for (int64_t i = 0; i < n; ++i) {
-        any |= f[i];
-        total += f[i];
-      }
+  over_groups<T>(p, shift, row, [&](int64_t begin, const auto* raw, float before, float factor) {
+    if (skips(raw, before, factor, sum)) return true;
+    uint64_t listed = 0;
+    for (int64_t i = 0; i < GROUP; i += LANES) {
+      const Words here = proposal((load(raw + i) - before) * factor), kept = __builtin_bit_cast(Words, here == KEPT);
+      const Words added = here & ~kept, from_here = running_sum(added), after = sum + from_here;
+      sum += from_here[LANES - 1];
+      listed |= uint64_t{high_bits((after ^ (after - added)) | kept)} << i;
+      __builtin_memcpy(f + i, &here, sizeof here);
     }
-    if (any < FEW && ((sum ^ (sum + total)) >> 31) == 0) {
-      sum += total;
-      continue;
-    }
-    if (plain && n == GROUP) proposals(p, factor, logits + begin, begin, n, shift, f);
-    for (int64_t i = 0; i < n; ++i) {
-      const bool kept = f[i] == KEPT;
-      const uint32_t next = kept ? sum : sum + f[i];
-      const bool crossed = ((sum ^ next) >> 31) != 0;
-      sum = next;
-      if (!(kept || crossed) || is_out(logits[begin + i])) continue;
-      if (count == most) return -1;
+    for (; listed != 0; listed &= listed - 1) {
+      if (count == most) {
+        count = -1;
+        return false;
+      }
+      const int i = __builtin_ctzll(listed);
+      for (int64_t byte = 0; byte < wanted.bytes; byte += 64)
+        __builtin_prefetch(wanted.rows + (begin + i) * wanted.stride + byte, 0, 2);
       columns[count] = static_cast<int32_t>(begin + i);
-      ratios[count++] = kept ? 1.0f : 2147483648.0f / static_cast<float>(f[i]);
+      ratios[count++] = f[i] == KEPT ? 1.0f : 2147483648.0f / static_cast<float>(f[i]);
     }
-  }
+    return true;
+  });
   return count;
 }
 
+#ifdef __AVX512BF16__
+// Adds the products of the first elements, as many as fill registers; returns how many. The instruction adds two exact
+// products, and takes denormal numbers for 0.
+inline int64_t add_products(const bfloat16* x, const bfloat16* w, int64_t n, Products& found) {
+  __m512 xw[2] = {}, ww[2] = {};
+  const auto load = [](const bfloat16* from) { return __builtin_bit_cast(__m512bh, _mm512_loadu_si512(from)); };
+  int64_t done = 0;
+  for (; done + 64 <= n; done += 64)
+    for (int i = 0; i < 2; ++i) {
+      const __m512bh some = load(w + done + 32 * i);
+      xw[i] = _mm512_dpbf16_ps(xw[i], load(x + done + 32 * i), some);
+      ww[i] = _mm512_dpbf16_ps(ww[i], some, some);
+    }
+  found = {sum_of<Floats, float>(xw[0] + xw[1]), sum_of<Floats, float>(ww[0] + ww[1])};
+  return done;
+}
+#else
+inline int64_t add_products(const bfloat16*, const bfloat16*, int64_t, Products&) { return 0; }
+#endif
+inline int64_t add_products(const float*, const float*, int64_t, Products&) { return 0; }
+
 template <class T>
 Products products(const void* x_row, const void* w_row, int64_t n) {
+  Products found{};
   const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(w_row);
-  float xw = 0.0f, ww = 0.0f;
-#pragma omp simd reduction(+ : xw, ww)
-  for (int64_t i = 0; i < n; ++i) {
-    xw += widen(x[i]) * widen(w[i]);
-    ww += widen(w[i]) * widen(w[i]);
+  int64_t i = add_products(x, w, n, found);
+  Pair xw{}, ww{};
+  for (; i + PAIR <= n; i += PAIR) {
+    const Pair xs = load_pair(x + i), ws = load_pair(w + i);
+    xw.a += xs.a * ws.a;
+    xw.b += xs.b * ws.b;
+    ww.a += ws.a * ws.a;
+    ww.b += ws.b * ws.b;
   }
-  return {xw, ww};
+  found.xw += sum_of<Floats, float>(xw.a + xw.b);
+  found.ww += sum_of<Floats, float>(ww.a + ww.b);
+  for (; i < n; ++i) {
+    found.xw += widen(x[i]) * widen(w[i]);
+    found.ww += widen(w[i]) * widen(w[i]);
+  }
+  return found;
+}
+
+constexpr int MOST_PAIRS = LANES == 16 ? 8 : 4;
+
+// As many blocks of PAIRS PAIR elements as there are from `begin` on; then of half as many. Returns where it ends.
+template <class T, int PAIRS>
+inline int64_t sum_blocks(const RowSum& s, int64_t begin, T* to, float& norm) {
+  for (; begin + PAIRS * PAIR <= s.width; begin += PAIRS * PAIR) {
+    Pair sums[PAIRS] = {};
+    const T* rows = static_cast<const T*>(s.rows) + begin;
+    for (int64_t i = 0; i < s.count; ++i) {
+      const T* row = rows + s.index[i] * s.stride;
+      const float factor = s.values[i] * s.scale;
+#pragma GCC unroll 8
+      for (int j = 0; j < PAIRS; ++j) {
+        const Pair two = load_pair(row + j * PAIR);
+        sums[j].a += factor * two.a;
+        sums[j].b += factor * two.b;
+      }
+    }
+    Floats squares{};
+#pragma GCC unroll 8
+    for (int j = 0; j < PAIRS; ++j) {
+      squares += sums[j].a * sums[j].a + sums[j].b * sums[j].b;
+      store_pair(sums[j], to + begin + j * PAIR);
+    }
+    norm += sum_of<Floats, float>(squares);
+  }
+  if constexpr (PAIRS > 1) return sum_blocks<T, PAIRS / 2>(s, begin, to, norm);
+  return begin;
 }
 
 template <class T>
-void axpy(float* total, float factor, const void* row, int64_t n) {
-  const T* x = static_cast<const T*>(row);
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) total[i] += factor * widen(x[i]);
+float sum_rows(const RowSum& s, void* out) {
+  float norm = 0.0f;
+  T* to = static_cast<T*>(out);
+  for (int64_t j = sum_blocks<T, MOST_PAIRS>(s, 0, to, norm); j < s.width; ++j) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < s.count; ++i)
+      sum += s.values[i] * s.scale * widen(static_cast<const T*>(s.rows)[s.index[i] * s.stride + j]);
+    norm += sum * sum;
+    to[j] = narrow<T>(sum);
+  }
+  return norm;
 }
 
 template <class T>
@@ -147,7 +218,7 @@ Capped capped_at(const RowPass& p, int64_t row, int64_t column) {
 
 template <class T>
 constexpr SampledKernels sampled_kernels_of() {
-  return {longest<T>, draw<T>, products<T>, axpy<T>, store<T>, capped_at<T>};
+  return {longest<T>, draw<T>, products<T>, sum_rows<T>, store<T>, capped_at<T>};
 }
 
 }  // namespace

@@ -207,14 +207,15 @@ void check_everything(const Variant& variant) {
 
 // Blocks far below the ones before them, and far above.
 void check_blocks_apart(const Variant& variant) {
-  for (float sign : {1.0f, -1.0f})
-    for (int64_t threads : {1, 8}) {
-      Problem p(3, 3 * BLOCK, 5, Type::float32, {}, 3);
-      for (int64_t row = 0; row < p.n; ++row)
-        for (int64_t j = 0; j < p.v; ++j)
-          p.set(row, j, static_cast<float>(p.at(row, j)) + (j / BLOCK == 1 ? sign * 100.0f : 0.0f));
-      check(p, variant, threads, std::string(variant.name) + ", blocks apart");
-    }
+  for (const Type type : {Type::float32, Type::bfloat16})
+    for (const float distance : {100.0f, -100.0f, 30.0f, -30.0f, 42.0f})  // sums are taken again from 40 on
+      for (const int64_t threads : {1, 8}) {
+        Problem p(3, 3 * BLOCK, 5, type, {}, 3);
+        for (int64_t row = 0; row < p.n; ++row)
+          for (int64_t j = 0; j < p.v; ++j)
+            p.set(row, j, static_cast<float>(p.at(row, j)) + distance * static_cast<float>(j / BLOCK));
+        check(p, variant, threads, std::string(variant.name) + ", blocks apart");
+      }
 }
 
 // A label that is almost certain has a loss and a gradient of its own size.
@@ -236,11 +237,22 @@ void check_functions() {
   using namespace tract_fast::testing;
   for (int i = 0; i <= 87300; ++i) {
     const float x = -static_cast<float>(i) / 1000.0f, y = static_cast<float>(i) / 10000.0f;
-    expect(std::fabs(exp_nonpositive(x) / std::exp(double{x}) - 1) < 2e-7, "exp(" + std::to_string(x) + ")");
+    expect(std::fabs(exp_bounded(x) / std::exp(double{x}) - 1) < 2e-7, "exp(" + std::to_string(x) + ")");
     const double t = std::tanh(double{y});
-    expect(std::fabs(tanh_positive(y, exp_nonpositive(-2.0f * y)) - t) <= 3e-7 * t, "tanh(" + std::to_string(y) + ")");
+    expect(std::fabs(tanh_positive(y, exp_bounded(-2.0f * y)) - t) <= 3e-7 * t, "tanh(" + std::to_string(y) + ")");
   }
-  expect(exp_nonpositive(-100.0f) == 0.0f && exp_nonpositive(-std::numeric_limits<float>::infinity()) == 0.0f, "exp of little");
+  for (float x = -87.3f; x <= 80.0f; x += 0.01f) {
+    const std::string name = "exp(" + std::to_string(x) + ")";
+    const auto off = [&](float e) { return std::fabs(e / std::exp(double{x}) - 1); };
+    expect(off(exp_bounded(x)) < 2e-7 && off(exp_of<bfloat16>(x)) < 8e-6, name);
+    for (int64_t i = 0; i < LANES; ++i)
+      expect(exp_bounded(all_of(x))[i] == exp_bounded(x) && exp_of<bfloat16>(all_of(x))[i] == exp_of<bfloat16>(x), name);
+  }
+  for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -0.0f, -std::numeric_limits<float>::infinity()})
+    expect(std::isnan(exp_of<bfloat16>(all_of(bad))[0]) == std::isnan(bad) && to_bits(all_of(bad)[0]) == to_bits(bad),
+           "what is not a number stays so");
+  expect(exp_of<bfloat16>(-100.0f) == 0.0f, "exp of little in bfloat16");
+  expect(exp_bounded(-100.0f) == 0.0f && exp_bounded(-std::numeric_limits<float>::infinity()) == 0.0f, "exp of little");
   const auto rounded = [](uint32_t bits) { return narrow<bfloat16>(__builtin_bit_cast(float, bits)); };
   expect(rounded(0x3f808000u) == 0x3f80u && rounded(0x3f818000u) == 0x3f82u, "ties to even");
   expect(rounded(0x3f808001u) == 0x3f81u && rounded(0x3f807fffu) == 0x3f80u, "to nearest");
