@@ -6,7 +6,9 @@
 #if defined(__AVX2__)
 #pragma GCC diagnostic push  // GCC 12 warns of its own header (gcc.gnu.org/PR105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -16,7 +18,7 @@ namespace {
 
 using bfloat16 = uint16_t;
 
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__) && defined(__AVX512BW__)
 constexpr int64_t LANES = 16;
 #elif defined(__AVX2__)
 constexpr int64_t LANES = 8;
@@ -27,15 +29,12 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 
-// a > b ? a : b, so b where either is a NaN; a < b ? a : b; whether any lane has any of the bits; a bit for every lane's
-// highest; lanes moved up by STEP, 0 where they were.
+// a > b ? a : b, so b where either is a NaN; a < b ? a : b; a bit for every lane's highest; lanes moved up by STEP, 0 where
+// they were.
 inline float larger(float a, float b) { return a > b ? a : b; }
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__) && defined(__AVX512BW__)
 inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 inline Floats smaller(Floats a, Floats b) { return _mm512_min_ps(a, b); }
-inline bool any_of(Words words, uint32_t bits) {
-  return _mm512_test_epi32_mask(__builtin_bit_cast(__m512i, words), _mm512_set1_epi32(static_cast<int32_t>(bits))) != 0;
-}
 inline uint32_t high_bits(Words words) { return _mm512_movepi32_mask(__builtin_bit_cast(__m512i, words)); }
 template <int STEP>
 inline Words moved_up(Words words) {
@@ -45,9 +44,6 @@ inline Words moved_up(Words words) {
 #elif defined(__AVX2__)
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
-inline bool any_of(Words words, uint32_t bits) {
-  return !_mm256_testz_si256(__builtin_bit_cast(__m256i, words), _mm256_set1_epi32(static_cast<int32_t>(bits)));
-}
 inline uint32_t high_bits(Words words) {
   return static_cast<uint32_t>(_mm256_movemask_ps(__builtin_bit_cast(__m256, words)));
 }
@@ -60,12 +56,6 @@ inline Words moved_up(Words words) {
 #else
 inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
-inline bool any_of(Words words, uint32_t bits) {
-  const Words found = words & bits;
-  uint32_t all = 0;
-  for (int64_t i = 0; i < LANES; ++i) all |= found[i];
-  return all != 0;
-}
 inline uint32_t high_bits(Words words) {
   uint32_t all = 0;
   for (int64_t i = 0; i < LANES; ++i) all |= (words[i] >> 31) << i;

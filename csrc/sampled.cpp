@@ -46,19 +46,24 @@ int64_t draw_row(const RowPass& p, const Lists& lists, const Operands& o, const 
 // What the listed columns of a row need of W, from which 16-bit logits are computed again.
 struct Listed {
   std::vector<Capped> at;
-  std::vector<double> drawn_on;  // the logits as they were drawn on
-  std::vector<float> squares;    // of rows of W
+  std::vector<double> drawn_on;    // the logits as they were drawn on
+  std::vector<float> squares;      // of rows of W
+  std::vector<float> now, before;  // exp(z - peak), and of logits as they were drawn on, exp(z - top)
+  double peak;
 };
 
 // Reads the listed rows of W. Returns whether logits were computed again.
 bool reread(const RowPass& p, const Lists& lists, const Operands& o, const Kernels& k, const SampledKernels& s, Type type,
-            int64_t row, int64_t count, Listed& listed) {
+            float top, int64_t row, int64_t count, Listed& listed) {
   const int32_t* columns = lists.columns + row * lists.most;
   const void* x = row_at(o.x, row, o.x_stride, type);
   const bool reads_w = reads_weight(o, type), exactly = again(o, type);
   listed.at.resize(count);
   listed.drawn_on.resize(count);
   listed.squares.resize(count);
+  listed.now.resize(count);
+  listed.before.resize(count);
+  listed.peak = top;
   for (int64_t i = 0; i < count; ++i) {
     const void* w = row_at(o.weight, columns[i], o.w_stride, type);
     const Products at_w = reads_w ? s.products(x, w, o.width) : Products{};
@@ -66,7 +71,14 @@ bool reread(const RowPass& p, const Lists& lists, const Operands& o, const Kerne
     listed.at[i] = s.capped_at(p, row, columns[i]);
     listed.drawn_on[i] = listed.at[i].z;
     if (exactly) listed.at[i] = transform(p, k, at_w.xw, columns[i]);
+    listed.peak = std::max(listed.peak, listed.at[i].z);
   }
+  for (int64_t i = 0; i < count; ++i) {
+    listed.now[i] = static_cast<float>(listed.at[i].z - listed.peak);
+    listed.before[i] = static_cast<float>(listed.drawn_on[i] - top);
+  }
+  s.exps(listed.now.data(), count);
+  if (exactly) s.exps(listed.before.data(), count);
   return exactly;
 }
 
@@ -74,26 +86,27 @@ bool reread(const RowPass& p, const Lists& lists, const Operands& o, const Kerne
 // are listed for certain replace what they were. Of the rest only a sample is known: where it was drawn on a proposal, the
 // rest becomes as much larger as the sample is by its exact logits.
 Sums corrected(Sums sums, const float* ratios, const Listed& listed, bool proposed) {
-  double peak = sums.top, certain = 0.0, was = 0.0, drawn = 0.0, drawn_was = 0.0;
-  for (const Capped& at : listed.at) peak = std::max(peak, at.z);
+  double certain = 0.0, was = 0.0, drawn = 0.0, drawn_was = 0.0;
   for (size_t i = 0; i < listed.at.size(); ++i) {
-    const double ratio = ratios[i], now = ratio * std::exp(listed.at[i].z - peak),
-                 before = ratio * std::exp(listed.drawn_on[i] - sums.top);
+    const double ratio = ratios[i], now = ratio * listed.now[i], before = ratio * listed.before[i];
     (ratio == 1.0 ? certain : drawn) += now;
     (ratio == 1.0 ? was : drawn_was) += before;
   }
-  const float top = static_cast<float>(peak);  // the largest logit, as near as float32 has it
-  const double by = proposed && drawn_was > 0.0 ? drawn / drawn_was : std::exp(sums.top - peak);
-  const double others = (certain + std::max(sums.others - was, 0.0) * by) * std::exp(peak - top);
+  const float top = static_cast<float>(listed.peak);  // the largest logit, as near as float32 has it
+  const double by = proposed && drawn_was > 0.0 ? drawn / drawn_was : std::exp(sums.top - listed.peak);
+  const double others = (certain + std::max(sums.others - was, 0.0) * by) * std::exp(listed.peak - top);
   return others > 0.0 ? Sums{top, others} : sums;
 }
 
 // What a proposal was worth in a row: of `Operands`.
-void write_weights(const float* ratios, const Listed& listed, double lse_was, double lse, float* weights) {
+void write_weights(const float* ratios, const Listed& listed, double top, double lse_was, double lse, float* weights) {
+  const double scale = std::exp(listed.peak - lse - (top - lse_was));
   double largest = 0.0, sum = 0.0, squares = 0.0, count = 0.0;
   for (size_t i = 0; i < listed.at.size(); ++i) {
     if (ratios[i] == 1.0f) continue;
-    const double weight = std::exp(listed.at[i].z - lse - (listed.drawn_on[i] - lse_was));
+    const double weight = listed.before[i] > 0.0f && listed.now[i] > 0.0f
+                              ? scale * listed.now[i] / listed.before[i]
+                              : std::exp(listed.at[i].z - lse - (listed.drawn_on[i] - lse_was));
     largest = std::max(largest, weight);
     sum += weight;
     squares += weight * weight;
@@ -107,10 +120,11 @@ void write_weights(const float* ratios, const Listed& listed, double lse_was, do
 void settle_row(const Lists& lists, const Operands& o, const Coefficients& c, int64_t row, int64_t count,
                 const Listed& listed) {
   float* values = lists.values + row * lists.most;
+  const double factor = c.kappa * std::exp(listed.peak - c.lse);
   double spread = 0.0;
   for (int64_t i = 0; i < count; ++i) {
     const double ratio = values[i];
-    values[i] = static_cast<float>(c.kappa * std::exp(listed.at[i].z - c.lse) * listed.at[i].slope * ratio);
+    values[i] = static_cast<float>(factor * listed.now[i] * listed.at[i].slope * ratio);
     if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * listed.squares[i];
   }
   if (o.dx != nullptr) o.spread[row] = static_cast<float>(spread);
@@ -149,12 +163,12 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
     const bool proposed = o.weights != nullptr;
     int64_t count = p.used[row] ? draw_row(p, lists, o, c, s, type, row) : 0;
     const float* ratios = lists.values + row * lists.most;
-    const double lse_was = c.lse;
-    if (reread(p, lists, o, k, s, type, row, count, listed) && count > 0) {
+    const double top = sums.top, lse_was = c.lse;
+    if (reread(p, lists, o, k, s, type, sums.top, row, count, listed) && count > 0) {
       sums = corrected(sums, ratios, listed, proposed);
       c = finish(p, k, sums, row, scores.data());
     }
-    if (proposed) write_weights(ratios, listed, lse_was, c.lse, o.weights + 4 * row);
+    if (proposed) write_weights(ratios, listed, top, lse_was, c.lse, o.weights + 4 * row);
     settle_row(lists, o, c, row, count, listed);
     if (p.used[row]) count = append(p, lists, c, scores.data(), row, count);
     lists.counts[row] = static_cast<int32_t>(count);

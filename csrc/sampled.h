@@ -14,7 +14,8 @@
 // fit, the longest list of the row is counted (a third read of its logits), and if that does not fit either the threshold
 // raised to that of the bound: nothing is ever cut, and the threshold depends on the row alone, not on its draw.
 //
-// Numerics: as row_pass.h; a listed value in float64, its logit in float32, products summed in float32. 16-bit logits are
+// Numerics: as row_pass.h; a listed value in float64 but for its exponential, its logit in float32, products summed in
+// float32. 16-bit logits are
 // computed again from X and W for the listed columns, and those that are listed for certain replace what they were in the
 // log-sum-exp, so that statistics are nearer to those of float32 logits, too. Same bits for every number of threads.
 //
@@ -78,6 +79,7 @@ struct SampledKernels {
   // tokens must be taken out.
   int64_t (*draw)(const RowPass&, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios,
                   int64_t most, const Rows& wanted);
+  void (*exps)(float* x, int64_t n);  // in place, x <= 0
   Products (*products)(const void* x, const void* w, int64_t n);
   float (*sum_rows)(const RowSum&, void* to);  // writes the sum, rounded once; returns its squared norm
   void (*store)(const float* from, void* to, int64_t n);

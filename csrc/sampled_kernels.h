@@ -11,13 +11,14 @@ constexpr float PER_NAT = 12102203.0f;    // 2^23 / ln 2
 constexpr float HIGHEST = -9e-8f;         // -1 / PER_NAT and a little: 2^31 itself does not fit
 
 // f_j for z - shift = a: 2^31 e^a, a power of two interpolated linearly, so at least e^a and at most 6.2% more; KEPT from
-// 0 on, 0 at -inf (what is taken out, and what has no probability). Multiplying and truncating are one rounding each and the rest is integers: no compiler has a choice.
+// 0 on, 0 at -inf (what is taken out, and what has no probability) and of a NaN. Multiplying and truncating are one
+// rounding each and the rest is integers: no compiler has a choice.
 inline Floats unrounded(Floats a) {
   const Floats bounded = smaller(larger(a, all_of(LOWEST)), all_of(HIGHEST));
   return __builtin_bit_cast(Floats, __builtin_convertvector(bounded * PER_NAT, Ints) + (158 << 23));
 }
 inline Words drawn(Floats a, Floats f) {
-  return __builtin_bit_cast(Words, __builtin_convertvector(f, Ints) & (a != NOTHING));
+  return __builtin_bit_cast(Words, __builtin_convertvector(f, Ints) & (a > NOTHING));
 }
 inline Words proposal(Floats a) { return drawn(a, unrounded(a)) | __builtin_bit_cast(Words, a >= 0.0f); }
 
@@ -76,8 +77,9 @@ inline bool skips(const T* raw, float before, float factor, uint32_t& sum) {
   }
   const uint32_t next = sum + sum_of<Words, uint32_t>(total);
   if (((sum ^ next) >> 31) != 0) return false;
-  const bool may_be_large = any_of(__builtin_bit_cast(Words, size >= ONE / LANES), ~0u);
-  if (may_be_large && sum_of<Floats, float>(size) >= 0.999f * ONE) return false;
+  constexpr float NEAR = 0.999f * ONE;  // the sums of float32 may have been rounded down
+  const bool may_be_large = high_bits(__builtin_bit_cast(Words, size >= NEAR / LANES)) != 0;
+  if (may_be_large && sum_of<Floats, float>(size) >= NEAR) return false;
   sum = next;
   return true;
 }
@@ -115,17 +117,26 @@ int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t
   return count;
 }
 
+inline void exps(float* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const Floats e = exp_bounded(load(x + i));
+    __builtin_memcpy(x + i, &e, sizeof e);
+  }
+  for (; i < n; ++i) x[i] = exp_bounded(x[i]);
+}
+
 #ifdef __AVX512BF16__
-// Adds the products of the first elements, as many as fill registers; returns how many. The instruction adds two exact
-// products, and takes denormal numbers for 0.
+// Adds the products of the first elements, as many as fill registers; returns how many. The instruction is two fused
+// multiply-adds, and takes denormal numbers for 0.
 inline int64_t add_products(const bfloat16* x, const bfloat16* w, int64_t n, Products& found) {
   __m512 xw[2] = {}, ww[2] = {};
-  const auto load = [](const bfloat16* from) { return __builtin_bit_cast(__m512bh, _mm512_loadu_si512(from)); };
+  const auto halves = [](const bfloat16* from) { return __builtin_bit_cast(__m512bh, _mm512_loadu_si512(from)); };
   int64_t done = 0;
   for (; done + 64 <= n; done += 64)
     for (int i = 0; i < 2; ++i) {
-      const __m512bh some = load(w + done + 32 * i);
-      xw[i] = _mm512_dpbf16_ps(xw[i], load(x + done + 32 * i), some);
+      const __m512bh some = halves(w + done + 32 * i);
+      xw[i] = _mm512_dpbf16_ps(xw[i], halves(x + done + 32 * i), some);
       ww[i] = _mm512_dpbf16_ps(ww[i], some, some);
     }
   found = {sum_of<Floats, float>(xw[0] + xw[1]), sum_of<Floats, float>(ww[0] + ww[1])};
@@ -218,7 +229,7 @@ Capped capped_at(const RowPass& p, int64_t row, int64_t column) {
 
 template <class T>
 constexpr SampledKernels sampled_kernels_of() {
-  return {longest<T>, draw<T>, products<T>, sum_rows<T>, store<T>, capped_at<T>};
+  return {longest<T>, draw<T>, exps, products<T>, sum_rows<T>, store<T>, capped_at<T>};
 }
 
 }  // namespace

@@ -288,6 +288,72 @@ void check_same(const Variant& variant) {
     }
 }
 
+// A group whose f_j pass two multiples of 2^31, while sums of float32, by lanes of eight, stay below one.
+void check_two_multiples(const Variant& variant) {
+  const float lane[] = {-0x1.4403eap+1f, -0x1.3229a8p+2f, -0x1.00c0a4p+2f, -0x1.4252c4p+2f,
+                        -0x1.67aaeap+2f, -0x1.d5469cp+2f, -0x1.d3264ep+2f, -0x1.aae1f4p+2f};
+  std::vector<float> logits;
+  for (int64_t i = 0; i < 64; ++i) logits.push_back(lane[i / 8]);
+  int64_t label = -1;
+  RowPass p{};
+  p.logits = logits.data();
+  p.n_vocab = p.stride = 64;
+  p.labels = &label;
+  p.logit_scale = 1.0f;
+  for (const uint32_t start : {0x7fffffffu, 0x7ffffff0u, 12345u}) {
+    uint64_t sum = start;
+    for (const float z : logits) sum += testing::proposal(testing::all_of(z))[0];
+    std::vector<int32_t> columns(65);
+    std::vector<float> ratios(65);
+    const int64_t count = variant.sampled_float32.draw(p, 0.0f, start, 0, columns.data(), ratios.data(), 64, Rows{});
+    expect(count == static_cast<int64_t>(sum >> 31), std::string(variant.name) + ": multiples of 2^31");
+  }
+}
+
+// Products and sums of rows against plain loops, for widths around those of registers, rows further apart than wide.
+void check_rows(const Variant& variant) {
+  std::mt19937 random(6);
+  std::normal_distribution<float> normal;
+  const int64_t n = 4;
+  for (const int64_t width : {0, 1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 513, 1000})
+    for (const int64_t count : {0, 1, 2, 9})
+      for (const bool wide : {true, false}) {
+        const int64_t stride = width + 3;
+        std::vector<float> w, x, values;
+        std::vector<int32_t> index;
+        const auto draw = [&] { return from_bfloat16(to_bfloat16(normal(random))); };  // the same in both types
+        for (int64_t i = 0; i < (n - 1) * stride + width; ++i) w.push_back(draw());
+        for (int64_t i = 0; i < width; ++i) x.push_back(draw());
+        for (int64_t i = 0; i < count; ++i) index.push_back(random() % n), values.push_back(normal(random));
+        const auto w16 = in_bfloat16(w), x16 = in_bfloat16(x);
+        const void *const all = wide ? static_cast<const void*>(w.data()) : w16.data(),
+                   *const one = wide ? static_cast<const void*>(x.data()) : x16.data();
+        const SampledKernels& s = variant.sampled(wide ? Type::float32 : Type::bfloat16);
+        const std::string name = std::string(variant.name) + (wide ? " float32" : " bfloat16") + ", width " + std::to_string(width);
+        const Products found = s.products(one, all, width);
+        double xw = 0, ww = 0, size = 0;
+        for (int64_t d = 0; d < width; ++d) xw += double{x[d]} * w[d], ww += double{w[d]} * w[d], size += std::fabs(double{x[d]} * w[d]);
+        expect(std::fabs(found.xw - xw) <= 2e-6 * size && std::fabs(found.ww - ww) <= 2e-6 * ww, name + ": products");
+        std::vector<float> sum(width + 1, -7.0f);
+        std::vector<uint16_t> sum16(width + 1, to_bfloat16(-7.0f));
+        const float norm = s.sum_rows({all, stride, width, index.data(), values.data(), count, 0.3f},
+                                      wide ? static_cast<void*>(sum.data()) : sum16.data());
+        if (!wide)
+          for (int64_t d = 0; d <= width; ++d) sum[d] = from_bfloat16(sum16[d]);
+        double squares = 0, sizes = 0;
+        for (int64_t d = 0; d < width; ++d) {
+          double wanted = 0, largest = 0;
+          for (int64_t i = 0; i < count; ++i) {
+            const double summand = double{values[i]} * 0.3 * w[index[i] * stride + d];
+            wanted += summand, largest += std::fabs(summand);
+          }
+          expect(std::fabs(sum[d] - wanted) <= 1e-6 * largest + (wide ? 0 : std::fabs(wanted) / 256), name + ": sum");
+          squares += wanted * wanted, sizes += largest * largest;
+        }
+        expect(sum[width] == -7.0f && std::fabs(norm - squares) <= 1e-5 * sizes, name + ": squared norm, and no further");
+      }
+}
+
 void check_flat(const Variant& variant) {
   Problem p(3000, 0.0f, 1);
   for (const int64_t start : {int64_t{0}, (int64_t{1} << 31) - 1})
@@ -345,6 +411,8 @@ int main() {
     check_forms(variant);
     check_same(variant);
     check_quantised(variant);
+    check_two_multiples(variant);
+    check_rows(variant);
     check_flat(variant);
     check_weight(variant);
     std::printf("%s: done\n", variant.name);
