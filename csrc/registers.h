@@ -79,8 +79,9 @@ inline Words running_sum(Words words) {
 
 inline Floats all_of(float x) { return x - Floats{}; }  // -0 and NaN stay what they are
 
-template <class Vector, class Element>
-inline Element sum_of(const Vector& v) {
+template <class Vector>
+inline auto sum_of(const Vector& v) {
+  using Element = decltype(+v[0]);
   alignas(64) Element all[LANES];
   __builtin_memcpy(all, &v, sizeof v);
   Element sum{};
@@ -120,10 +121,17 @@ inline Pair load_pair(const bfloat16* from) {
   return {__builtin_bit_cast(Floats, words << 16), __builtin_bit_cast(Floats, words & 0xffff0000u)};
 }
 
-// Rounds to nearest, ties to even; a NaN becomes a quiet one.
-inline Words narrowed(Floats x) {
-  const Words bits = __builtin_bit_cast(Words, x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return x == x ? rounded : Words{} + 0x7fc0u;
+inline float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+inline Floats from_bits(Words bits) { return __builtin_bit_cast(Floats, bits); }
+inline uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
+inline Words to_bits(Floats x) { return __builtin_bit_cast(Words, x); }
+
+// A float or Floats in the low halves, as bfloat16: to nearest, ties to even; a NaN becomes a quiet one.
+template <class F>
+inline auto narrowed(F x) {
+  using Bits = decltype(to_bits(x));
+  const Bits bits = to_bits(x), rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return x == x ? rounded : Bits{} + 0x7fc0u;
 }
 inline void store_pair(const Pair& two, float* to) {
   __builtin_memcpy(to, &two.a, sizeof two.a);

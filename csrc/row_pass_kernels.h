@@ -42,9 +42,7 @@ inline float narrow<float>(float x) {
 }
 template <>
 inline bfloat16 narrow<bfloat16>(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<bfloat16>(x == x ? rounded : 0x7fc0u);
+  return static_cast<bfloat16>(narrowed(x));
 }
 
 // n floats as T. Those that are T already stand where they belong: see place_for.
@@ -63,39 +61,34 @@ inline void narrow_all(const float* from, bfloat16* to, int64_t n) {
 inline float* place_for(float* out, float*) { return out; }
 inline float* place_for(bfloat16*, float* buffer) { return buffer; }
 
-// e^x for x <= 80 (a NaN stays one), of a float or of Floats: e^x = 2^n e^r, |r| <= ln(2) / 2, n in the low bits of a sum with
-// 1.5 * 2^23. Below -88 n is -127, whose power of two is 0 in bits: no branch, or compilers would not vectorise what uses
-// this. The polynomials are of the least largest relative error with a constant of 1: 2e-9 of degree 6, 3e-6 of degree 4.
-constexpr float PER_OCTAVE = 1.44269504f, TO_INTEGER = 12582912.0f;
-
-inline float from_bits(uint32_t bits) { return __builtin_bit_cast(float, bits); }
-inline Floats from_bits(Words bits) { return __builtin_bit_cast(Floats, bits); }
-inline uint32_t to_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
-inline Words to_bits(Floats x) { return __builtin_bit_cast(Words, x); }
-
-template <class F>
-inline F exp_bounded(F x) {
-  x = larger(F{} - 88.0f, x);
-  const F shifted = x * PER_OCTAVE + TO_INTEGER, n = shifted - TO_INTEGER;
-  const F r = x - n * 0.693359375f + n * 2.12194440e-4f;  // Cody and Waite: the first product is exact
-  F p = r * 1.3843217e-3f + 8.374207e-3f;
-  p = p * r + 4.1668016e-2f;
-  p = p * r + 1.666643e-1f;
-  p = p * r + 4.9999994e-1f;
-  p = p * r + 1.0f;
-  return (p * r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
-}
-
-// As exact as sums over logits of type T need it: those in bfloat16 are off by up to 2^-9 of themselves.
+// e^x for x <= 80 (a NaN stays one), of a float or of Floats, as exact as sums over logits of type T need it: those in
+// bfloat16 are off by up to 2^-9 of themselves. e^x = 2^n e^r, |r| <= ln(2) / 2, n in the low bits of a sum with 1.5 * 2^23;
+// below -88 n is -127, whose power of two is 0 in bits: no branch, or compilers would not vectorise what uses this. The
+// polynomials have the least largest relative error of those with a constant of 1: 2e-9 of degree 6, 3e-6 of degree 4.
 template <class T, class F>
 inline F exp_of(F x) {
-  if constexpr (sizeof(T) == 4) return exp_bounded(x);
+  constexpr float PER_OCTAVE = 1.44269504f, TO_INTEGER = 12582912.0f;
   x = larger(F{} - 88.0f, x);
-  const F shifted = x * PER_OCTAVE + TO_INTEGER, n = shifted - TO_INTEGER, r = x - n * 0.693147181f;
-  F p = r * 4.151368e-2f + 1.6787592e-1f;
-  p = p * r + 5.000302e-1f;
-  p = p * r + 9.999668e-1f;
+  const F shifted = x * PER_OCTAVE + TO_INTEGER, n = shifted - TO_INTEGER;
+  F r, p;
+  if constexpr (sizeof(T) == 4) {
+    r = x - n * 0.693359375f + n * 2.12194440e-4f;  // Cody and Waite: the first product is exact
+    p = r * 1.3843217e-3f + 8.374207e-3f;
+    p = p * r + 4.1668016e-2f;
+    p = p * r + 1.666643e-1f;
+    p = p * r + 4.9999994e-1f;
+    p = p * r + 1.0f;
+  } else {
+    r = x - n * 0.693147181f;
+    p = r * 4.151368e-2f + 1.6787592e-1f;
+    p = p * r + 5.000302e-1f;
+    p = p * r + 9.999668e-1f;
+  }
   return (p * r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
+}
+template <class F>
+inline F exp_bounded(F x) {
+  return exp_of<float>(x);
 }
 
 // tanh(x) for x >= 0, given e = exp(-2 x). Below .625 the quotient cancels: there the polynomial of Cephes' tanhf.
@@ -195,7 +188,7 @@ inline void add_block(Sums& found, const T* raw, float factor, int64_t n) {
   }
   const float highest = larger(peak, top);
   const double now = exp_bounded(top - highest), before = exp_bounded(found.top - highest);
-  found = {highest, found.others * before + sum_of<Floats, float>(sum + other_sum) * now};
+  found = {highest, found.others * before + sum_of(sum + other_sum) * now};
 }
 
 template <class T>

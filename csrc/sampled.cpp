@@ -48,8 +48,8 @@ struct Listed {
   std::vector<Capped> at;
   std::vector<double> drawn_on;    // the logits as they were drawn on
   std::vector<float> squares;      // of rows of W
-  std::vector<float> now, before;  // exp(z - peak), and of logits as they were drawn on, exp(z - top)
-  double peak;
+  double top, peak;                // largest logit that was drawn on, and of those and the listed ones
+  std::vector<float> now, before;  // exp(z - peak); where logits were computed again, exp(drawn_on - top)
 };
 
 // Reads the listed rows of W. Returns whether logits were computed again.
@@ -63,7 +63,7 @@ bool reread(const RowPass& p, const Lists& lists, const Operands& o, const Kerne
   listed.squares.resize(count);
   listed.now.resize(count);
   listed.before.resize(count);
-  listed.peak = top;
+  listed.peak = listed.top = top;
   for (int64_t i = 0; i < count; ++i) {
     const void* w = row_at(o.weight, columns[i], o.w_stride, type);
     const Products at_w = reads_w ? s.products(x, w, o.width) : Products{};
@@ -73,13 +73,12 @@ bool reread(const RowPass& p, const Lists& lists, const Operands& o, const Kerne
     if (exactly) listed.at[i] = transform(p, k, at_w.xw, columns[i]);
     listed.peak = std::max(listed.peak, listed.at[i].z);
   }
-  for (int64_t i = 0; i < count; ++i) {
-    listed.now[i] = static_cast<float>(listed.at[i].z - listed.peak);
-    listed.before[i] = static_cast<float>(listed.drawn_on[i] - top);
-  }
+  for (int64_t i = 0; i < count; ++i) listed.now[i] = static_cast<float>(listed.at[i].z - listed.peak);
   s.exps(listed.now.data(), count);
-  if (exactly) s.exps(listed.before.data(), count);
-  return exactly;
+  if (!exactly) return false;
+  for (int64_t i = 0; i < count; ++i) listed.before[i] = static_cast<float>(listed.drawn_on[i] - top);
+  s.exps(listed.before.data(), count);
+  return true;
 }
 
 // The row's sums with the listed columns' logits computed again: probabilities must be those of one softmax. Those that
@@ -99,8 +98,8 @@ Sums corrected(Sums sums, const float* ratios, const Listed& listed, bool propos
 }
 
 // What a proposal was worth in a row: of `Operands`.
-void write_weights(const float* ratios, const Listed& listed, double top, double lse_was, double lse, float* weights) {
-  const double scale = std::exp(listed.peak - lse - (top - lse_was));
+void write_weights(const float* ratios, const Listed& listed, double lse_was, double lse, float* weights) {
+  const double scale = std::exp(listed.peak - lse - (listed.top - lse_was));
   double largest = 0.0, sum = 0.0, squares = 0.0, count = 0.0;
   for (size_t i = 0; i < listed.at.size(); ++i) {
     if (ratios[i] == 1.0f) continue;
@@ -163,12 +162,12 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
     const bool proposed = o.weights != nullptr;
     int64_t count = p.used[row] ? draw_row(p, lists, o, c, s, type, row) : 0;
     const float* ratios = lists.values + row * lists.most;
-    const double top = sums.top, lse_was = c.lse;
+    const double lse_was = c.lse;
     if (reread(p, lists, o, k, s, type, sums.top, row, count, listed) && count > 0) {
       sums = corrected(sums, ratios, listed, proposed);
       c = finish(p, k, sums, row, scores.data());
     }
-    if (proposed) write_weights(ratios, listed, top, lse_was, c.lse, o.weights + 4 * row);
+    if (proposed) write_weights(ratios, listed, lse_was, c.lse, o.weights + 4 * row);
     settle_row(lists, o, c, row, count, listed);
     if (p.used[row]) count = append(p, lists, c, scores.data(), row, count);
     lists.counts[row] = static_cast<int32_t>(count);

@@ -15,9 +15,9 @@
 // raised to that of the bound: nothing is ever cut, and the threshold depends on the row alone, not on its draw.
 //
 // Numerics: as row_pass.h; a listed value in float64 but for its exponential, its logit in float32, products summed in
-// float32. 16-bit logits are
-// computed again from X and W for the listed columns, and those that are listed for certain replace what they were in the
-// log-sum-exp, so that statistics are nearer to those of float32 logits, too. Same bits for every number of threads.
+// float32. 16-bit logits are computed again from X and W for the listed columns, and those that are listed for certain
+// replace what they were in the log-sum-exp, so that statistics are nearer to those of float32 logits, too. Same bits for
+// every number of threads.
 //
 // Cost beside the logits' GEMM: 2 reads of the logits; per entry 2 D FLOP and a row of W for dX (4 D with 16-bit logits),
 // 2 D FLOP for dW, whose every element is written once.

@@ -55,8 +55,8 @@ int64_t longest(const RowPass& p, float shift, int64_t row) {
       low += f & ~is_kept & 0xffffu;
       high += (f & ~is_kept) >> 16;
     }
-    kept += sum_of<Words, uint32_t>(certain);
-    sum += (uint64_t{sum_of<Words, uint32_t>(high)} << 16) + sum_of<Words, uint32_t>(low);
+    kept += sum_of(certain);
+    sum += (uint64_t{sum_of(high)} << 16) + sum_of(low);
     return true;
   });
   return kept + static_cast<int64_t>(sum >> 31) + 1;
@@ -75,11 +75,11 @@ inline bool skips(const T* raw, float before, float factor, uint32_t& sum) {
     total += drawn(a, first) + drawn(b, second);
     size += first + second;
   }
-  const uint32_t next = sum + sum_of<Words, uint32_t>(total);
+  const uint32_t next = sum + sum_of(total);
   if (((sum ^ next) >> 31) != 0) return false;
   constexpr float NEAR = 0.999f * ONE;  // the sums of float32 may have been rounded down
   const bool may_be_large = high_bits(__builtin_bit_cast(Words, size >= NEAR / LANES)) != 0;
-  if (may_be_large && sum_of<Floats, float>(size) >= NEAR) return false;
+  if (may_be_large && sum_of(size) >= NEAR) return false;
   sum = next;
   return true;
 }
@@ -139,7 +139,7 @@ inline int64_t add_products(const bfloat16* x, const bfloat16* w, int64_t n, Pro
       xw[i] = _mm512_dpbf16_ps(xw[i], halves(x + done + 32 * i), some);
       ww[i] = _mm512_dpbf16_ps(ww[i], some, some);
     }
-  found = {sum_of<Floats, float>(xw[0] + xw[1]), sum_of<Floats, float>(ww[0] + ww[1])};
+  found = {sum_of(xw[0] + xw[1]), sum_of(ww[0] + ww[1])};
   return done;
 }
 #else
@@ -160,8 +160,8 @@ Products products(const void* x_row, const void* w_row, int64_t n) {
     ww.a += ws.a * ws.a;
     ww.b += ws.b * ws.b;
   }
-  found.xw += sum_of<Floats, float>(xw.a + xw.b);
-  found.ww += sum_of<Floats, float>(ww.a + ww.b);
+  found.xw += sum_of(xw.a + xw.b);
+  found.ww += sum_of(ww.a + ww.b);
   for (; i < n; ++i) {
     found.xw += widen(x[i]) * widen(w[i]);
     found.ww += widen(w[i]) * widen(w[i]);
@@ -193,7 +193,7 @@ inline int64_t sum_blocks(const RowSum& s, int64_t begin, T* to, float& norm) {
       squares += sums[j].a * sums[j].a + sums[j].b * sums[j].b;
       store_pair(sums[j], to + begin + j * PAIR);
     }
-    norm += sum_of<Floats, float>(squares);
+    norm += sum_of(squares);
   }
   if constexpr (PAIRS > 1) return sum_blocks<T, PAIRS / 2>(s, begin, to, norm);
   return begin;
