@@ -42,8 +42,8 @@ def python(name: str, code: str, share: float = 1.0, **options) -> Part:
 @pytest.fixture
 def soon(monkeypatch) -> float:
     """A deadline that gives each of four parts some seconds."""
-    monkeypatch.setattr(gpu, "GRACE", 8.0)  # a busy machine takes seconds to wake a process
-    return time.monotonic() + 24
+    monkeypatch.setattr(gpu, "GRACE", 5.0)  # a busy machine takes seconds to wake a process
+    return time.monotonic() + 30  # were two parts to take all of their grace, 7 seconds would be left for the other two
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
