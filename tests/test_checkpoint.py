@@ -407,7 +407,11 @@ def test_too_little_space_is_told_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"run\.dir|checkpoint\.keep_last"):
         train.run(tiny_recipe(tmp_path))
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run").exists(), "a start that is refused leaves nothing"
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=r"run\.dir"):
+        train.run(tiny_recipe(tmp_path))
+    assert (tmp_path / "run").is_dir(), "what was there before stays"
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])

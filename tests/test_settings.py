@@ -110,6 +110,8 @@ def test_places_that_are_no_file(tmp_path):
         ("num_train_epochs", "; did you mean train.epochs?"),
         ("per_device_train_batch_size", "; did you mean train.batch?"),
         ("lora_r", "; did you mean lora.rank?"),
+        ("train.steps", "; did you mean train.max_steps?"),
+        ("loss.weight", "; did you mean loss.ce_weight or loss.regression_weight?"),
         ("data.cutoff_len", "; did you mean data.max_len?"),
         ("optimizer.lr", "; did you mean train.lr?"),
         ("train.optim", ": the optimizer is AdamW, set by train.betas, train.eps and train.weight_decay"),

@@ -206,6 +206,21 @@ def test_a_stop_in_an_evaluation_abandons_it(tmp_path, monkeypatch, step):
     assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
+def test_a_signal_within_a_step_ends_after_it(tmp_path, monkeypatch):
+    """One rank has no other to agree with before it leaves."""
+    recipe, forward = tiny_recipe(tmp_path), model.TractModel.forward
+
+    def forward_then_signal(self, batch):
+        if torch.is_grad_enabled() and len(metrics(tmp_path / "run")) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch)
+
+    monkeypatch.setattr(model.TractModel, "forward", forward_then_signal)
+    assert train.run(recipe) == 75
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
+    assert checkpoint.latest(tmp_path / "run").name == "step_000002"
+
+
 def stop_after(recipe, step):
     """Run until ``step`` steps are done, then as a SIGTERM would end it."""
     taken = train.train_step

@@ -83,6 +83,20 @@ def make_folder(path: Path, setting: str) -> None:
 
 
 @contextlib.contextmanager
+def made_folder(path: Path, setting: str) -> Iterator[None]:
+    """``make_folder``, which goes again at the end where it was not there before and nothing came to be in it: a start
+    that is refused leaves none."""
+    new = not path.exists()
+    make_folder(path, setting)
+    try:
+        yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # not empty, or another rank was first
+                path.rmdir()
+
+
+@contextlib.contextmanager
 def locked(path: Path, setting: str) -> Iterator[None]:
     """Hold a folder for this process. Raises UserError where another has it: both would write the same files."""
     handle = os.open(path, os.O_RDONLY)

@@ -264,4 +264,4 @@ class StopSignal:
             return
         hint = b"; Ctrl-C again ends at once" if number == signal.SIGINT else b""
         # not print: a handler may interrupt one
-        os.write(2, b"stopping after the next step, with a checkpoint" + hint + b"\n")
+        os.write(2, b"stopping after this step or the next, with a checkpoint" + hint + b"\n")

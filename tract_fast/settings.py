@@ -360,6 +360,8 @@ def unknown(key: str, known: Collection[str]) -> str:
     meant = meant or [k for k in known if k.rpartition(".")[2] == last]
     if not (meant or section) and (near := difflib.get_close_matches(last, {k.partition(".")[0] for k in known}, n=1)):
         return f"no such section; did you mean {near[0]}?"
+    worded = [k for k in known if last in k.rpartition(".")[2].split("_")]  # steps: max_steps
+    meant = meant or [k for k in worded if k.startswith(f"{section}.")] or worded
     meant = meant or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     meant = meant or [k for k in known if difflib.get_close_matches(last, [k.rpartition(".")[2]], cutoff=0.75)][:1]
     return "no such setting" + (f"; did you mean {' or '.join(meant)}?" if meant else "")

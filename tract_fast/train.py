@@ -93,11 +93,11 @@ def run(recipe: Recipe, dry_run: bool = False, joined: Joined | None = None) -> 
         estimate.show(recipe, prepare(recipe, say), start)
         return 0
     run_dir = Path(recipe.run.dir)
-    checkpoint.make_folder(run_dir, "run.dir")
-    if joined:
-        follow_launcher()
-        say(f"ranks: {joined.world}, started by {joined.by}")
     with contextlib.ExitStack() as held:
+        held.enter_context(checkpoint.made_folder(run_dir, "run.dir"))
+        if joined:
+            follow_launcher()
+            say(f"ranks: {joined.world}, started by {joined.by}")
         until_loaded = held.enter_context(contextlib.ExitStack())
         until_loaded.enter_context(quick_gguf.kept())
         data = prepare(recipe, say)  # before the ranks meet: none waits for another's tokenizer with a clock running
@@ -326,6 +326,8 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
         job.optimizer.zero_grad()
     job.model.head.weights_changed()
     seconds = time.perf_counter() - started
+    # any rank's signal stops all, from the step on at which it was there; one that is alone need not agree with others
+    stops = found["stopping"] or (job.ranks.world == 1 and stop.received is not None)
     return {
         "step": step + 1,
         **tally.record(found, recipe, taken.examples, lr),
@@ -333,7 +335,7 @@ def train_step(job: Job, step: int, stop: StopSignal, *, unsaved: bool = False) 
         "seconds": seconds,
         "waited": waited,
         **speed(job, found["flops"], seconds),
-        "stop": STOPPED[stop.received or signal.SIGTERM] if found["stopping"] else 0,  # any rank's signal stops all
+        "stop": STOPPED[stop.received or signal.SIGTERM] if stops else 0,
         "unsaved": found["unsaved"] > 0,
     }
 

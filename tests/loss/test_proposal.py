@@ -470,6 +470,9 @@ def test_a_cpu_without_vnni_declines(monkeypatch):
     with pytest.raises(ValueError, match="proposal = 'int8': this CPU has no VNNI"):
         linear_tract_loss(**tensors(problem(), torch.float32), gradient="sampled", proposal="int8")
 
+    told = REFUSAL("fp8", torch.device("cpu"), torch.float32, 64)
+    assert told == "float8 products are for CUDA, and this is cpu: must be 'none' here", "nor would int8 do"
+
     class Config:
         vocab_size = hidden_size = 64
 

@@ -57,10 +57,13 @@ class QuantizedWeight(NamedTuple):
 def refusal(kind: str, device: torch.device, dtype: torch.dtype, width: int, *, here: bool = True) -> str | None:
     """Why proposals of this kind ("int8", "fp8") do not run there for hidden states of this dtype and width, and what
     to write instead; None where they do. ``here``: the device is this machine's, whose processor is looked at."""
-    instead = "must be 'none' here" if device.type not in ("cpu", "cuda") else f"must be {_other(kind)} or 'none'"
+    needed, other = ("cpu", "fp8") if kind == "int8" else ("cuda", "int8")
+    if device.type != needed:
+        others = device.type in ("cpu", "cuda") and refusal(other, device, dtype, width, here=here) is None
+        instead = f"must be '{other}' or 'none'" if others else "must be 'none' here"
+        what = "int8 products are for CPUs" if kind == "int8" else "float8 products are for CUDA"
+        return f"{what}, and this is {device.type}: {instead}"
     if kind == "int8":
-        if device.type != "cpu":
-            return f"int8 products are for CPUs, and this is {device.type}: {instead}"
         if dtype not in (torch.bfloat16, torch.float32):
             return f"int8 proposals are for bfloat16 and float32, not {dtype}: must be 'none'"
         if here and not VNNI:
@@ -68,8 +71,6 @@ def refusal(kind: str, device: torch.device, dtype: torch.dtype, width: int, *, 
                 "this CPU has no VNNI (avx512_vnni, avx_vnni), without which int8 is slower than float: must be 'none'"
             )
         return None
-    if device.type != "cuda":
-        return f"float8 products are for CUDA, and this is {device.type}: {instead}"
     if dtype != torch.bfloat16:
         return f"float8 products write bfloat16, not {dtype}: must be 'none'"
     if width % ALIGNMENT:
@@ -77,10 +78,6 @@ def refusal(kind: str, device: torch.device, dtype: torch.dtype, width: int, *, 
     if here and not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < (9, 0):
         return f"{torch.cuda.get_device_name(device)} has no float8 products with a scale per row: must be 'none'"
     return None
-
-
-def _other(kind: str) -> str:
-    return "'fp8'" if kind == "int8" else "'int8'"
 
 
 def has_vnni() -> bool:
