@@ -2,11 +2,17 @@
 
 #include "sampled.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
 namespace tract_fast {
 namespace {
+
+constexpr int64_t MOST_ROWS = 128;                  // taken together,
+constexpr int64_t MOST_BYTES = int64_t{512} << 10;  // of X and dX at most,
+constexpr int64_t TILE_BYTES = int64_t{256} << 10;  // and of W at a time: measured, where the L2 cache has 512 KiB
+constexpr double FAR = 40.0;                         // e^80 is a float32
 
 int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
@@ -21,7 +27,7 @@ bool reads_weight(const Operands& o, Type type) { return o.dx != nullptr || agai
 // A row's columns and their ratios, label and score tokens apart; returns how many. A row without gradient needs none,
 // unless its statistics are to be `corrected` by them.
 int64_t draw_row(const RowPass& p, const Lists& lists, const Operands& o, const Coefficients& c, const SampledKernels& s,
-                 Type type, int64_t row) {
+                 int64_t row) {
   const bool corrected = o.weights != nullptr;
   const double kappa = std::fabs(c.kappa);
   if (!((kappa > 0.0 || corrected) && c.others > 0.0 && std::isfinite(kappa) && std::isfinite(c.lse))) return 0;
@@ -35,56 +41,137 @@ int64_t draw_row(const RowPass& p, const Lists& lists, const Operands& o, const 
   const double sure = OVER * c.others / static_cast<double>(room - (EXTRA - 1));
   if (lists.most <= p.n_vocab && e < sure && s.longest(p, shift_of(e), row) > room) e = sure;
   const auto start = static_cast<uint32_t>(lists.starts[row]);
-  const Rows wanted{static_cast<const char*>(o.weight), o.w_stride * size_of(type),
-                    reads_weight(o, type) ? o.width * size_of(type) : 0};
-  int64_t count = s.draw(p, shift_of(e), start, row, lists.columns + row * lists.most,
-                         lists.values + row * lists.most, room, wanted);
+  const int64_t count =
+      s.draw(p, shift_of(e), start, row, lists.columns + row * lists.most, lists.values + row * lists.most, room);
   // more than the bound only where float32 does not resolve the logits (of 1e5 and more): such a row has no draw
   return std::max<int64_t>(count, 0);
 }
 
-// What the listed columns of a row need of W, from which 16-bit logits are computed again.
+// A row and its listed columns, between the draw and the end.
 struct Listed {
+  int64_t count;
+  Sums sums;
+  Coefficients c;
   std::vector<Capped> at;
   std::vector<double> drawn_on;    // the logits as they were drawn on
   std::vector<float> squares;      // of rows of W
-  double top, peak;                // largest logit that was drawn on, and of those and the listed ones
-  std::vector<float> now, before;  // exp(z - peak); where logits were computed again, exp(drawn_on - top)
+  double peak;                     // largest of the logits that were drawn on, and of the listed ones
+  std::vector<float> now, before;  // exp(z - peak); where logits were computed again, exp(drawn_on - sums.top)
+  int64_t next;                    // entries that read_weights has come to
+  double base;                     // its sum is relative to e^base
 };
 
-// Reads the listed rows of W. Returns whether logits were computed again.
-bool reread(const RowPass& p, const Lists& lists, const Operands& o, const Kernels& k, const SampledKernels& s, Type type,
-            float top, int64_t row, int64_t count, Listed& listed) {
+// Rows that a thread takes together, and what reading W for them needs.
+struct Together {
+  std::vector<Listed> rows;
+  std::vector<float> dx;         // (rows, width): of each row the sum of exp(z - base) slope ratio times W's, by add_rows
+  std::vector<uint64_t> listed;  // a bit a column,
+  std::vector<int64_t> columns;  // and those that are set
+  std::vector<float> values;     // of a row in a tile
+};
+
+// Statistics as the logits have them, and the draw.
+void open_row(const RowPass& p, const Lists& lists, const Operands& o, const Kernels& k, const SampledKernels& s,
+              Type type, int64_t row, float* scores, Listed& listed) {
+  k.take_out(p, row);
+  listed.sums = k.sums(p, row, 0, p.n_vocab);
+  listed.c = finish(p, k, listed.sums, row, scores);
+  listed.count = p.used[row] ? draw_row(p, lists, o, listed.c, s, row) : 0;
+  listed.peak = listed.base = listed.sums.top;
+  listed.next = 0;
+  listed.squares.resize(listed.count);
+  listed.at.resize(listed.count);
+  listed.drawn_on.resize(listed.count);
+  s.capped(p, row, lists.columns + row * lists.most, listed.count, listed.at.data());  // while it is in the cache
+  for (int64_t i = 0; i < listed.count; ++i) {
+    listed.drawn_on[i] = listed.at[i].z;
+    if (!again(o, type)) listed.peak = std::max(listed.peak, listed.at[i].z);
+  }
+}
+
+// Adds what entries [first, end) of a row give to its sum, which becomes relative to a larger base where a logit is far
+// above it: as far as 8 or 16 bits were from the exact one. Entry by entry, so that tiles change nothing.
+void add_entries(const Lists& lists, const Operands& o, const SampledKernels& s, int64_t row, int64_t first, int64_t end,
+                 std::vector<float>& values, float* dx, Listed& listed) {
+  const int32_t* columns = lists.columns + row * lists.most;
+  const float* ratios = lists.values + row * lists.most;
+  while (first < end) {
+    if (const double z = listed.at[first].z; z - listed.base > FAR) {
+      const auto less = static_cast<float>(std::exp(listed.base - z));
+      for (int64_t d = 0; d < o.width; ++d) dx[d] *= less;
+      listed.base = z;
+    }
+    values.clear();
+    for (int64_t i = first; i < end && !(listed.at[i].z - listed.base > FAR); ++i)
+      values.push_back(static_cast<float>(listed.at[i].z - listed.base));
+    const auto n = static_cast<int64_t>(values.size());
+    s.exps(values.data(), n);
+    for (int64_t i = 0; i < n; ++i)
+      values[i] *= static_cast<float>(listed.at[first + i].slope * ratios[first + i]);
+    s.add_rows({o.weight, o.w_stride, o.width, columns + first, values.data(), n, 1.0f, dx}, dx);
+    first += n;
+  }
+}
+
+// Reads the rows of W that a row lists below column `end`, from where it stands.
+void read_row(const RowPass& p, const Lists& lists, const Operands& o, const Kernels& k, const SampledKernels& s,
+              Type type, int64_t row, int64_t end, std::vector<float>& values, float* dx, Listed& listed) {
   const int32_t* columns = lists.columns + row * lists.most;
   const void* x = row_at(o.x, row, o.x_stride, type);
-  const bool reads_w = reads_weight(o, type), exactly = again(o, type);
-  listed.at.resize(count);
-  listed.drawn_on.resize(count);
-  listed.squares.resize(count);
-  listed.now.resize(count);
-  listed.before.resize(count);
-  listed.peak = listed.top = top;
-  for (int64_t i = 0; i < count; ++i) {
-    const void* w = row_at(o.weight, columns[i], o.w_stride, type);
-    const Products at_w = reads_w ? s.products(x, w, o.width) : Products{};
+  const int64_t first = listed.next;
+  int64_t i = first;
+  for (; i < listed.count && columns[i] < end; ++i) {
+    const Products at_w = s.products(x, row_at(o.weight, columns[i], o.w_stride, type), o.width);
     listed.squares[i] = at_w.ww;
-    listed.at[i] = s.capped_at(p, row, columns[i]);
-    listed.drawn_on[i] = listed.at[i].z;
-    if (exactly) listed.at[i] = transform(p, k, at_w.xw, columns[i]);
+    if (!again(o, type)) continue;
+    listed.at[i] = transform(p, k, at_w.xw, columns[i]);
     listed.peak = std::max(listed.peak, listed.at[i].z);
   }
-  for (int64_t i = 0; i < count; ++i) listed.now[i] = static_cast<float>(listed.at[i].z - listed.peak);
-  s.exps(listed.now.data(), count);
-  if (!exactly) return false;
-  for (int64_t i = 0; i < count; ++i) listed.before[i] = static_cast<float>(listed.drawn_on[i] - top);
-  s.exps(listed.before.data(), count);
-  return true;
+  listed.next = i;
+  if (o.dx != nullptr) add_entries(lists, o, s, row, first, i, values, dx, listed);
+}
+
+// Asks for rows of W ahead: they lie anywhere in it, and each would be waited for.
+void fetch(const Operands& o, Type type, const int64_t* columns, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const char* row = static_cast<const char*>(row_at(o.weight, columns[i], o.w_stride, type));
+    for (int64_t byte = 0; byte < o.width * size_of(type); byte += 64) __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
+// Reads the rows of W that n rows from `begin` on list: tile by tile of those, in the vocabulary's order, which lists
+// have, so that a row of W comes from memory once for all of them, and a row's part of dX once for several rows of W.
+void read_weights(const RowPass& p, const Lists& lists, const Operands& o, const Kernels& k, const SampledKernels& s,
+                  Type type, int64_t begin, int64_t n, Together& together) {
+  std::vector<uint64_t>& listed = together.listed;
+  listed.assign((p.n_vocab + 63) / 64, 0);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < together.rows[i].count; ++j) {
+      const int32_t column = lists.columns[(begin + i) * lists.most + j];
+      listed[column / 64] |= uint64_t{1} << column % 64;
+    }
+  std::vector<int64_t>& columns = together.columns;
+  columns.clear();
+  for (size_t word = 0; word < listed.size(); ++word)
+    for (uint64_t bits = listed[word]; bits != 0; bits &= bits - 1)
+      columns.push_back(static_cast<int64_t>(word) * 64 + __builtin_ctzll(bits));
+  const auto all = static_cast<int64_t>(columns.size());
+  const int64_t tile = std::max<int64_t>(1, TILE_BYTES / (o.width * size_of(type) + 1));
+  for (int64_t first = 0; first < all; first += tile) {
+    const int64_t next = std::min(first + tile, all), more = std::min(tile, all - next);
+    for (int64_t i = 0; i < n; ++i) {
+      fetch(o, type, columns.data() + next + more * i / n, more * (i + 1) / n - more * i / n);
+      read_row(p, lists, o, k, s, type, begin + i, next < all ? columns[next] : p.n_vocab, together.values,
+               together.dx.data() + i * o.width, together.rows[i]);
+    }
+  }
 }
 
 // The row's sums with the listed columns' logits computed again: probabilities must be those of one softmax. Those that
 // are listed for certain replace what they were. Of the rest only a sample is known: where it was drawn on a proposal, the
 // rest becomes as much larger as the sample is by its exact logits.
-Sums corrected(Sums sums, const float* ratios, const Listed& listed, bool proposed) {
+Sums corrected(const float* ratios, const Listed& listed, bool proposed) {
+  const Sums& sums = listed.sums;
   double certain = 0.0, was = 0.0, drawn = 0.0, drawn_was = 0.0;
   for (size_t i = 0; i < listed.at.size(); ++i) {
     const double ratio = ratios[i], now = ratio * listed.now[i], before = ratio * listed.before[i];
@@ -99,7 +186,7 @@ Sums corrected(Sums sums, const float* ratios, const Listed& listed, bool propos
 
 // What a proposal was worth in a row: of `Operands`.
 void write_weights(const float* ratios, const Listed& listed, double lse_was, double lse, float* weights) {
-  const double scale = std::exp(listed.peak - lse - (listed.top - lse_was));
+  const double scale = std::exp(listed.peak - lse - (listed.sums.top - lse_was));
   double largest = 0.0, sum = 0.0, squares = 0.0, count = 0.0;
   for (size_t i = 0; i < listed.at.size(); ++i) {
     if (ratios[i] == 1.0f) continue;
@@ -116,12 +203,11 @@ void write_weights(const float* ratios, const Listed& listed, double lse_was, do
 }
 
 // Turns the ratios of a row into values, and finds the spread of their draw.
-void settle_row(const Lists& lists, const Operands& o, const Coefficients& c, int64_t row, int64_t count,
-                const Listed& listed) {
+void settle_row(const Lists& lists, const Operands& o, int64_t row, const Listed& listed) {
   float* values = lists.values + row * lists.most;
-  const double factor = c.kappa * std::exp(listed.peak - c.lse);
+  const double factor = listed.c.kappa * std::exp(listed.peak - listed.c.lse);
   double spread = 0.0;
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < listed.count; ++i) {
     const double ratio = values[i];
     values[i] = static_cast<float>(factor * listed.now[i] * listed.at[i].slope * ratio);
     if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * listed.squares[i];
@@ -147,6 +233,38 @@ int64_t append(const RowPass& p, const Lists& lists, const Coefficients& c, cons
   return count;
 }
 
+// Statistics with what was computed again, values, dX.
+void close_row(const RowPass& p, const Lists& lists, const Operands& o, const Kernels& k, const SampledKernels& s,
+               Type type, int64_t row, float* scores, const float* dx, Listed& listed) {
+  const int64_t count = listed.count;
+  const bool proposed = o.weights != nullptr;
+  const float* ratios = lists.values + row * lists.most;
+  const double lse_was = listed.c.lse;
+  listed.now.resize(count);
+  for (int64_t i = 0; i < count; ++i) listed.now[i] = static_cast<float>(listed.at[i].z - listed.peak);
+  s.exps(listed.now.data(), count);
+  Sums sums = listed.sums;
+  if (again(o, type) && count > 0) {
+    listed.before.resize(count);
+    for (int64_t i = 0; i < count; ++i)
+      listed.before[i] = static_cast<float>(listed.drawn_on[i] - listed.sums.top);
+    s.exps(listed.before.data(), count);
+    sums = corrected(ratios, listed, proposed);
+  }
+  listed.c = finish(p, k, sums, row, scores);
+  if (proposed) write_weights(ratios, listed, lse_was, listed.c.lse, o.weights + 4 * row);
+  settle_row(lists, o, row, listed);
+  const int64_t all = p.used[row] ? append(p, lists, listed.c, scores, row, count) : count;
+  lists.counts[row] = static_cast<int32_t>(all);
+  if (o.dx == nullptr) return;
+  const double times = listed.c.kappa * std::exp(listed.base - listed.c.lse);
+  const int64_t own = row * lists.most + count;
+  const RowSum sum{o.weight, o.w_stride, o.width, lists.columns + own, lists.values + own, all - count, 1.0f,
+                   count > 0 ? dx : nullptr,
+                   static_cast<float>(std::clamp(times, -double{FLT_MAX}, double{FLT_MAX}))};
+  o.norm[row] = s.sum_rows(sum, const_cast<void*>(row_at(o.dx, row, o.width, type)));
+}
+
 }  // namespace
 
 void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const Variant& variant, Type type,
@@ -154,45 +272,35 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
   const Kernels& k = variant.of(type);
   const SampledKernels& s = variant.sampled(type);
   std::vector<float> scores(p.n_tokens);
-  Listed listed;
-  for (int64_t row = begin; row < end; ++row) {
-    k.take_out(p, row);
-    Sums sums = k.sums(p, row, 0, p.n_vocab);
-    Coefficients c = finish(p, k, sums, row, scores.data());
-    const bool proposed = o.weights != nullptr;
-    int64_t count = p.used[row] ? draw_row(p, lists, o, c, s, type, row) : 0;
-    const float* ratios = lists.values + row * lists.most;
-    const double lse_was = c.lse;
-    if (reread(p, lists, o, k, s, type, sums.top, row, count, listed) && count > 0) {
-      sums = corrected(sums, ratios, listed, proposed);
-      c = finish(p, k, sums, row, scores.data());
-    }
-    if (proposed) write_weights(ratios, listed, lse_was, c.lse, o.weights + 4 * row);
-    settle_row(lists, o, c, row, count, listed);
-    if (p.used[row]) count = append(p, lists, c, scores.data(), row, count);
-    lists.counts[row] = static_cast<int32_t>(count);
-    if (o.dx == nullptr) continue;
-    const RowSum all{o.weight, o.w_stride, o.width, lists.columns + row * lists.most, ratios, count, 1.0f};
-    o.norm[row] = s.sum_rows(all, const_cast<void*>(row_at(o.dx, row, o.width, type)));
+  const int64_t step = std::clamp<int64_t>(MOST_BYTES / (o.width * (size_of(type) + 4) + 1), 1, MOST_ROWS);
+  Together together;
+  together.rows.resize(std::min(step, end - begin));
+  for (int64_t first = begin; first < end; first += step) {
+    const int64_t n = std::min(step, end - first);
+    for (int64_t i = 0; i < n; ++i) open_row(p, lists, o, k, s, type, first + i, scores.data(), together.rows[i]);
+    together.dx.assign(o.dx == nullptr ? 0 : n * o.width, 0.0f);
+    if (reads_weight(o, type)) read_weights(p, lists, o, k, s, type, first, n, together);
+    for (int64_t i = 0; i < n; ++i)
+      close_row(p, lists, o, k, s, type, first + i, scores.data(), together.dx.data() + i * o.width, together.rows[i]);
   }
 }
 
 Transposed transpose(const int32_t* columns, const int32_t* counts, const float* values, int64_t n, int64_t most,
                      int64_t n_vocab) {
   Transposed t;
-  t.first.assign(n_vocab + 1, 0);
-  for (int64_t row = 0; row < n; ++row)
-    for (int64_t i = 0; i < counts[row]; ++i) ++t.first[columns[row * most + i] + 1];
-  for (int64_t column = 0; column < n_vocab; ++column) t.first[column + 1] += t.first[column];
-  t.rows.resize(t.first[n_vocab]);
-  t.values.resize(t.first[n_vocab]);
-  std::vector<int64_t> next(t.first.begin(), t.first.end() - 1);
+  t.first.assign(n_vocab + 2, 0);  // counted two places further on: when all are placed, each column's end has become
+  for (int64_t row = 0; row < n; ++row)  // the next one's beginning
+    for (int64_t i = 0; i < counts[row]; ++i) ++t.first[columns[row * most + i] + 2];
+  for (int64_t column = 0; column < n_vocab; ++column) t.first[column + 2] += t.first[column + 1];
+  t.rows.resize(t.first[n_vocab + 1]);
+  t.values.resize(t.first[n_vocab + 1]);
   for (int64_t row = 0; row < n; ++row)
     for (int64_t i = 0; i < counts[row]; ++i) {
-      const int64_t place = next[columns[row * most + i]]++;
+      const int64_t place = t.first[columns[row * most + i] + 1]++;
       t.rows[place] = static_cast<int32_t>(row);
       t.values[place] = values[row * most + i];
     }
+  t.first.pop_back();
   return t;
 }
 

@@ -54,14 +54,8 @@ struct Products {
   float xw, ww;  // x . w, w . w
 };
 
-// Rows of W that listed columns will be read of, `bytes` each, 0 where they will not: they lie anywhere in it, and without
-// asking for them ahead each would be waited for.
-struct Rows {
-  const char* rows;
-  int64_t stride, bytes;
-};
-
-// The sum of values[i] * scale * (row index[i]) over `count` of `rows`, `stride` elements apart.
+// `times` `before` (or nothing, where it is null) and the sum of values[i] * scale * (row index[i]) over `count` of `rows`,
+// `stride` elements apart. `before` is what add_rows has written.
 struct RowSum {
   const void* rows;
   int64_t stride, width;
@@ -69,6 +63,8 @@ struct RowSum {
   const float* values;
   int64_t count;
   float scale;
+  const float* before = nullptr;
+  float times = 1.0f;
 };
 
 // Kernels of one instruction set and type of logits.
@@ -78,12 +74,14 @@ struct SampledKernels {
   // Columns listed and their 2^31 / f_j (1 where certain); returns how many, -1 for more than `most`. Label and score
   // tokens must be taken out.
   int64_t (*draw)(const RowPass&, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios,
-                  int64_t most, const Rows& wanted);
-  void (*exps)(float* x, int64_t n);  // in place, x <= 0
+                  int64_t most);
+  void (*exps)(float* x, int64_t n);  // in place, x <= 80
   Products (*products)(const void* x, const void* w, int64_t n);
   float (*sum_rows)(const RowSum&, void* to);  // writes the sum, rounded once; returns its squared norm
+  float (*add_rows)(const RowSum&, void* to);  // the same in float32, in an order that is the kernels' own
   void (*store)(const float* from, void* to, int64_t n);
-  Capped (*capped_at)(const RowPass&, int64_t row, int64_t column);  // of the logit as the sums had it
+  // Of the logits of n columns, as the sums had them.
+  void (*capped)(const RowPass&, int64_t row, const int32_t* columns, int64_t n, Capped* to);
 };
 
 // Statistics, lists and dX of rows [begin, end).

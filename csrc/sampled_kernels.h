@@ -86,8 +86,7 @@ inline bool skips(const T* raw, float before, float factor, uint32_t& sum) {
 
 // Lists columns; returns how many, or -1 where they are more than `most`.
 template <class T>
-int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios, int64_t most,
-             const Rows& wanted) {
+int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios, int64_t most) {
   alignas(64) uint32_t f[GROUP];
   uint32_t sum = start;
   int64_t count = 0;
@@ -107,8 +106,6 @@ int64_t draw(const RowPass& p, float shift, uint32_t start, int64_t row, int32_t
         return false;
       }
       const int i = __builtin_ctzll(listed);
-      for (int64_t byte = 0; byte < wanted.bytes; byte += 64)
-        __builtin_prefetch(wanted.rows + (begin + i) * wanted.stride + byte, 0, 2);
       columns[count] = static_cast<int32_t>(begin + i);
       ratios[count++] = f[i] == KEPT ? 1.0f : 2147483648.0f / static_cast<float>(f[i]);
     }
@@ -152,16 +149,24 @@ Products products(const void* x_row, const void* w_row, int64_t n) {
   Products found{};
   const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(w_row);
   int64_t i = add_products(x, w, n, found);
-  Pair xw{}, ww{};
-  for (; i + PAIR <= n; i += PAIR) {
-    const Pair xs = load_pair(x + i), ws = load_pair(w + i);
-    xw.a += xs.a * ws.a;
-    xw.b += xs.b * ws.b;
-    ww.a += ws.a * ws.a;
-    ww.b += ws.b * ws.b;
+  Pair xw[2] = {}, ww[2] = {};  // each sum waits for its last addition
+  const auto add = [&](int64_t at, Pair& product, Pair& square) {
+    const Pair xs = load_pair(x + at), ws = load_pair(w + at);
+    product.a += xs.a * ws.a;
+    product.b += xs.b * ws.b;
+    square.a += ws.a * ws.a;
+    square.b += ws.b * ws.b;
+  };
+  for (; i + 2 * PAIR <= n; i += 2 * PAIR) {
+    add(i, xw[0], ww[0]);
+    add(i + PAIR, xw[1], ww[1]);
   }
-  found.xw += sum_of(xw.a + xw.b);
-  found.ww += sum_of(ww.a + ww.b);
+  if (i + PAIR <= n) {
+    add(i, xw[0], ww[0]);
+    i += PAIR;
+  }
+  found.xw += sum_of((xw[0].a + xw[1].a) + (xw[0].b + xw[1].b));
+  found.ww += sum_of((ww[0].a + ww[1].a) + (ww[0].b + ww[1].b));
   for (; i < n; ++i) {
     found.xw += widen(x[i]) * widen(w[i]);
     found.ww += widen(w[i]) * widen(w[i]);
@@ -172,10 +177,16 @@ Products products(const void* x_row, const void* w_row, int64_t n) {
 constexpr int MOST_PAIRS = LANES == 16 ? 8 : 4;
 
 // As many blocks of PAIRS PAIR elements as there are from `begin` on; then of half as many. Returns where it ends.
-template <class T, int PAIRS>
-inline int64_t sum_blocks(const RowSum& s, int64_t begin, T* to, float& norm) {
+template <class T, class Out, int PAIRS>
+inline int64_t sum_blocks(const RowSum& s, int64_t begin, Out* to, float& norm) {
   for (; begin + PAIRS * PAIR <= s.width; begin += PAIRS * PAIR) {
     Pair sums[PAIRS] = {};
+    if (s.before != nullptr)
+#pragma GCC unroll 8
+      for (int j = 0; j < PAIRS; ++j) {
+        const Pair two = load_pair(s.before + begin + j * PAIR);
+        sums[j] = {s.times * two.a, s.times * two.b};
+      }
     const T* rows = static_cast<const T*>(s.rows) + begin;
     for (int64_t i = 0; i < s.count; ++i) {
       const T* row = rows + s.index[i] * s.stride;
@@ -195,20 +206,20 @@ inline int64_t sum_blocks(const RowSum& s, int64_t begin, T* to, float& norm) {
     }
     norm += sum_of(squares);
   }
-  if constexpr (PAIRS > 1) return sum_blocks<T, PAIRS / 2>(s, begin, to, norm);
+  if constexpr (PAIRS > 1) return sum_blocks<T, Out, PAIRS / 2>(s, begin, to, norm);
   return begin;
 }
 
-template <class T>
+template <class T, class Out>
 float sum_rows(const RowSum& s, void* out) {
   float norm = 0.0f;
-  T* to = static_cast<T*>(out);
-  for (int64_t j = sum_blocks<T, MOST_PAIRS>(s, 0, to, norm); j < s.width; ++j) {
-    float sum = 0.0f;
+  Out* to = static_cast<Out*>(out);
+  for (int64_t j = sum_blocks<T, Out, MOST_PAIRS>(s, 0, to, norm); j < s.width; ++j) {
+    float sum = s.before == nullptr ? 0.0f : s.times * s.before[j];
     for (int64_t i = 0; i < s.count; ++i)
       sum += s.values[i] * s.scale * widen(static_cast<const T*>(s.rows)[s.index[i] * s.stride + j]);
     norm += sum * sum;
-    to[j] = narrow<T>(sum);
+    to[j] = narrow<Out>(sum);
   }
   return norm;
 }
@@ -221,15 +232,23 @@ void store(const float* from, void* to, int64_t n) {
 }
 
 template <class T>
-Capped capped_at(const RowPass& p, int64_t row, int64_t column) {
-  float z, slope = p.logit_scale;
-  transform(p, factor_of(p, row), row_of<T>(p, row) + column, column, 1, &z, &slope);
-  return {z, slope};
+void capped(const RowPass& p, int64_t row, const int32_t* columns, int64_t n, Capped* to) {
+  const T* logits = row_of<T>(p, row);
+  const float factor = factor_of(p, row);
+  const bool plain = is_plain(p);
+  for (int64_t i = 0; i < n; ++i) {
+    float z, slope = p.logit_scale;
+    if (plain)
+      z = widen(logits[columns[i]]) * factor;
+    else
+      transform(p, factor, logits + columns[i], columns[i], 1, &z, &slope);
+    to[i] = {z, slope};
+  }
 }
 
 template <class T>
 constexpr SampledKernels sampled_kernels_of() {
-  return {longest<T>, draw<T>, exps, products<T>, sum_rows<T>, store<T>, capped_at<T>};
+  return {longest<T>, draw<T>, exps, products<T>, sum_rows<T, T>, sum_rows<T, float>, store<T>, capped<T>};
 }
 
 }  // namespace
