@@ -19,8 +19,15 @@
 // replace what they were in the log-sum-exp, so that statistics are nearer to those of float32 logits, too. Same bits for
 // every number of threads.
 //
-// Cost beside the logits' GEMM: 2 reads of the logits; per entry 2 D FLOP and a row of W for dX (4 D with 16-bit logits),
-// 2 D FLOP for dW, whose every element is written once.
+// A thread takes many rows together: first their draws, then the rows of W that they list, tile by tile in the
+// vocabulary's order, which lists have. Rows of W lie anywhere in memory, and waiting for each of them for each entry took a
+// quarter of the time; so each is read once for all rows that list it, and asked for a tile ahead. dX is
+// summed up in float32, relative to the largest logit, until the row's log-sum-exp is known. A row's results are the same
+// bits in whatever company.
+//
+// Cost beside the logits' GEMM: 2 reads of the logits; per entry 2 D FLOP for dX (4 D and 2 D for the norm of W's row with
+// 16-bit logits), 2 D FLOP for dW, whose every element is written once; W's listed rows, once for up to 128 rows, of which
+// X, dX and a tile of W stay in the L2 cache.
 #pragma once
 
 #include "row_pass.h"
