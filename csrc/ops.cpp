@@ -195,7 +195,7 @@ void sampled_weight_op(const Tensor columns, const Tensor entries, const Tensor 
     }
   }
   const Transposed t = transpose(pointer<int32_t>(columns), pointer<int32_t>(counts), pointer<float>(entries), n, most,
-                                 n_vocab);
+                                 n_vocab, torch::stable::get_num_threads(), in_parallel);
   const Variant& variant = chosen();
   const Type type = type_of(x);
   // parts of about as many entries and columns each: frequent columns lie together

@@ -285,25 +285,6 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
   }
 }
 
-Transposed transpose(const int32_t* columns, const int32_t* counts, const float* values, int64_t n, int64_t most,
-                     int64_t n_vocab) {
-  Transposed t;
-  t.first.assign(n_vocab + 2, 0);  // counted two places further on: when all are placed, each column's end has become
-  for (int64_t row = 0; row < n; ++row)  // the next one's beginning
-    for (int64_t i = 0; i < counts[row]; ++i) ++t.first[columns[row * most + i] + 2];
-  for (int64_t column = 0; column < n_vocab; ++column) t.first[column + 2] += t.first[column + 1];
-  t.rows.resize(t.first[n_vocab + 1]);
-  t.values.resize(t.first[n_vocab + 1]);
-  for (int64_t row = 0; row < n; ++row)
-    for (int64_t i = 0; i < counts[row]; ++i) {
-      const int64_t place = t.first[columns[row * most + i] + 1]++;
-      t.rows[place] = static_cast<int32_t>(row);
-      t.values[place] = values[row * most + i];
-    }
-  t.first.pop_back();
-  return t;
-}
-
 void sampled_weight(const Transposed& t, const void* x, int64_t x_stride, int64_t width, float scale, void* dw,
                     void* db, int64_t begin, int64_t end, const Variant& variant, Type type) {
   const SampledKernels& s = variant.sampled(type);

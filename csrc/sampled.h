@@ -30,6 +30,8 @@
 // X, dX and a tile of W stay in the L2 cache.
 #pragma once
 
+#include <utility>
+
 #include "row_pass.h"
 
 namespace tract_fast {
@@ -101,8 +103,38 @@ struct Transposed {
   std::vector<int32_t> rows;
   std::vector<float> values;
 };
+
+// `parallel(count, body)` is row_pass.h's. A part has some rows; more of them than MOST would cost more memory than it helps.
+template <class Parallel>
 Transposed transpose(const int32_t* columns, const int32_t* counts, const float* values, int64_t n, int64_t most,
-                     int64_t n_vocab);
+                     int64_t n_vocab, int64_t threads, const Parallel& parallel) {
+  constexpr int64_t MOST = 8;
+  const int64_t parts = std::max<int64_t>(1, std::min({threads, n, MOST}));
+  std::vector<int64_t> next(parts * n_vocab);  // by part and column: how many entries, then the place of the next one
+  const auto each = [&](auto&& body) {         // body(place in `next`, row, entry)
+    parallel(parts, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part)
+        for (int64_t row = n * part / parts; row < n * (part + 1) / parts; ++row)
+          for (int64_t i = row * most; i < row * most + counts[row]; ++i) body(next[part * n_vocab + columns[i]], row, i);
+    });
+  };
+  each([](int64_t& count, int64_t, int64_t) { ++count; });
+  Transposed t;
+  t.first.reserve(n_vocab + 1);
+  int64_t total = 0;
+  for (int64_t column = 0; column < n_vocab; ++column) {
+    t.first.push_back(total);
+    for (int64_t i = column; i < parts * n_vocab; i += n_vocab) total += std::exchange(next[i], total);
+  }
+  t.first.push_back(total);
+  t.rows.resize(total);
+  t.values.resize(total);
+  each([&](int64_t& place, int64_t row, int64_t i) {
+    t.rows[place] = static_cast<int32_t>(row);
+    t.values[place++] = values[i];
+  });
+  return t;
+}
 
 // dW (n_vocab, width) and db (n_vocab, or null) for columns [begin, end), times `scale`.
 void sampled_weight(const Transposed& t, const void* x, int64_t x_stride, int64_t width, float scale, void* dw,

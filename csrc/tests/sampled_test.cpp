@@ -465,7 +465,14 @@ void check_weight(const Variant& variant) {
   const std::vector<float> values{1, 2, 3, 9, 4, 9, 9, 9, 5, 6, 7, 8};
   std::vector<float> x, dw(v * width, -1.0f), db(v, -1.0f);
   for (int64_t i = 0; i < n * width; ++i) x.push_back(0.1f * i - 0.4f);
-  const Transposed t = transpose(columns.data(), counts.data(), values.data(), n, most, v);
+  const auto by_one = [](int64_t n, auto&& body) {  // parts in an order that no thread promises
+    for (int64_t i = n; i > 0; --i) body(i - 1, i);
+  };
+  const Transposed t = transpose(columns.data(), counts.data(), values.data(), n, most, v, 1, by_one);
+  for (const int64_t threads : {2, 3, 99}) {
+    const Transposed parts = transpose(columns.data(), counts.data(), values.data(), n, most, v, threads, by_one);
+    expect(parts.first == t.first && parts.rows == t.rows && parts.values == t.values, "transposed in parts");
+  }
   sampled_weight(t, x.data(), width, width, 2.0f, dw.data(), db.data(), 0, 4, variant, Type::float32);
   sampled_weight(t, x.data(), width, width, 2.0f, dw.data(), db.data(), 4, v, variant, Type::float32);
   for (int64_t j = 0; j < v; ++j) {
