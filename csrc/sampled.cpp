@@ -2,7 +2,6 @@
 
 #include "sampled.h"
 
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -12,7 +11,8 @@ namespace {
 constexpr int64_t MOST_ROWS = 128;                  // taken together,
 constexpr int64_t MOST_BYTES = int64_t{512} << 10;  // of X and dX at most,
 constexpr int64_t TILE_BYTES = int64_t{256} << 10;  // and of W at a time: measured, where the L2 cache has 512 KiB
-constexpr double FAR = 40.0;                         // e^80 is a float32
+constexpr int64_t MOST_ENTRIES = int64_t{1} << 17;  // of those rows: 5 MB of what is kept of them
+constexpr double FAR = 10.0;                        // further than 8 or 16 bits are from exact logits, most often
 
 int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
@@ -53,7 +53,7 @@ struct Listed {
   Sums sums;
   Coefficients c;
   std::vector<Capped> at;
-  std::vector<double> drawn_on;    // the logits as they were drawn on
+  std::vector<float> drawn_on;     // the logits as they were drawn on
   std::vector<float> squares;      // of rows of W
   double peak;                     // largest of the logits that were drawn on, and of the listed ones
   std::vector<float> now, before;  // exp(z - peak); where logits were computed again, exp(drawn_on - sums.top)
@@ -68,6 +68,8 @@ struct Together {
   std::vector<uint64_t> listed;  // a bit a column,
   std::vector<int64_t> columns;  // and those that are set
   std::vector<float> values;     // of a row in a tile
+
+  float* dx_of(int64_t i, const Operands& o) { return o.dx == nullptr ? nullptr : dx.data() + i * o.width; }
 };
 
 // Statistics as the logits have them, and the draw.
@@ -84,7 +86,7 @@ void open_row(const RowPass& p, const Lists& lists, const Operands& o, const Ker
   listed.drawn_on.resize(listed.count);
   s.capped(p, row, lists.columns + row * lists.most, listed.count, listed.at.data());  // while it is in the cache
   for (int64_t i = 0; i < listed.count; ++i) {
-    listed.drawn_on[i] = listed.at[i].z;
+    listed.drawn_on[i] = static_cast<float>(listed.at[i].z);
     if (!again(o, type)) listed.peak = std::max(listed.peak, listed.at[i].z);
   }
 }
@@ -157,12 +159,13 @@ void read_weights(const RowPass& p, const Lists& lists, const Operands& o, const
       columns.push_back(static_cast<int64_t>(word) * 64 + __builtin_ctzll(bits));
   const auto all = static_cast<int64_t>(columns.size());
   const int64_t tile = std::max<int64_t>(1, TILE_BYTES / (o.width * size_of(type) + 1));
+  fetch(o, type, columns.data(), std::min(tile, all));
   for (int64_t first = 0; first < all; first += tile) {
     const int64_t next = std::min(first + tile, all), more = std::min(tile, all - next);
     for (int64_t i = 0; i < n; ++i) {
       fetch(o, type, columns.data() + next + more * i / n, more * (i + 1) / n - more * i / n);
       read_row(p, lists, o, k, s, type, begin + i, next < all ? columns[next] : p.n_vocab, together.values,
-               together.dx.data() + i * o.width, together.rows[i]);
+               together.dx_of(i, o), together.rows[i]);
     }
   }
 }
@@ -246,8 +249,7 @@ void close_row(const RowPass& p, const Lists& lists, const Operands& o, const Ke
   Sums sums = listed.sums;
   if (again(o, type) && count > 0) {
     listed.before.resize(count);
-    for (int64_t i = 0; i < count; ++i)
-      listed.before[i] = static_cast<float>(listed.drawn_on[i] - listed.sums.top);
+    for (int64_t i = 0; i < count; ++i) listed.before[i] = listed.drawn_on[i] - listed.sums.top;
     s.exps(listed.before.data(), count);
     sums = corrected(ratios, listed, proposed);
   }
@@ -260,8 +262,7 @@ void close_row(const RowPass& p, const Lists& lists, const Operands& o, const Ke
   const double times = listed.c.kappa * std::exp(listed.base - listed.c.lse);
   const int64_t own = row * lists.most + count;
   const RowSum sum{o.weight, o.w_stride, o.width, lists.columns + own, lists.values + own, all - count, 1.0f,
-                   count > 0 ? dx : nullptr,
-                   static_cast<float>(std::clamp(times, -double{FLT_MAX}, double{FLT_MAX}))};
+                   count > 0 ? dx : nullptr, static_cast<float>(times)};
   o.norm[row] = s.sum_rows(sum, const_cast<void*>(row_at(o.dx, row, o.width, type)));
 }
 
@@ -275,13 +276,16 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
   const int64_t step = std::clamp<int64_t>(MOST_BYTES / (o.width * (size_of(type) + 4) + 1), 1, MOST_ROWS);
   Together together;
   together.rows.resize(std::min(step, end - begin));
-  for (int64_t first = begin; first < end; first += step) {
-    const int64_t n = std::min(step, end - first);
-    for (int64_t i = 0; i < n; ++i) open_row(p, lists, o, k, s, type, first + i, scores.data(), together.rows[i]);
+  for (int64_t first = begin, n; first < end; first += n) {
+    int64_t entries = 0;
+    for (n = 0; n < step && first + n < end && entries <= MOST_ENTRIES; ++n) {
+      open_row(p, lists, o, k, s, type, first + n, scores.data(), together.rows[n]);
+      entries += together.rows[n].count;
+    }
     together.dx.assign(o.dx == nullptr ? 0 : n * o.width, 0.0f);
     if (reads_weight(o, type)) read_weights(p, lists, o, k, s, type, first, n, together);
     for (int64_t i = 0; i < n; ++i)
-      close_row(p, lists, o, k, s, type, first + i, scores.data(), together.dx.data() + i * o.width, together.rows[i]);
+      close_row(p, lists, o, k, s, type, first + i, scores.data(), together.dx_of(i, o), together.rows[i]);
   }
 }
 

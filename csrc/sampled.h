@@ -21,13 +21,14 @@
 //
 // A thread takes many rows together: first their draws, then the rows of W that they list, tile by tile in the
 // vocabulary's order, which lists have. Rows of W lie anywhere in memory, and waiting for each of them for each entry took a
-// quarter of the time; so each is read once for all rows that list it, and asked for a tile ahead. dX is
-// summed up in float32, relative to the largest logit, until the row's log-sum-exp is known. A row's results are the same
-// bits in whatever company.
+// quarter of the time; so each is read once for all rows that list it, and asked for before. dX is summed up in float32,
+// relative to the largest logit that was drawn on (or to an exact one that is far above it), until the row's log-sum-exp is
+// known. A row's results are the same bits whatever rows are taken with it.
 //
-// Cost beside the logits' GEMM: 2 reads of the logits; per entry 2 D FLOP for dX (4 D and 2 D for the norm of W's row with
-// 16-bit logits), 2 D FLOP for dW, whose every element is written once; W's listed rows, once for up to 128 rows, of which
-// X, dX and a tile of W stay in the L2 cache.
+// Cost beside the logits' GEMM: 2 reads of the logits; per entry 6 D FLOP for dX (its logit and the norm of W's row, too),
+// 2 D FLOP for dW, whose every element is written once; W's listed rows, once for so many rows (at most 128) that X, dX and
+// a tile of W stay in the L2 cache. Where lists are short and few rows share a column, dX goes through the cache for each
+// two entries or so, and a tenth of the time is lost against rows that are finished one by one.
 #pragma once
 
 #include <utility>
@@ -84,7 +85,7 @@ struct SampledKernels {
   // tokens must be taken out.
   int64_t (*draw)(const RowPass&, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios,
                   int64_t most);
-  void (*exps)(float* x, int64_t n);  // in place, x <= 80
+  void (*exps)(float* x, int64_t n);  // in place, x <= 80; the same bits however many are together
   Products (*products)(const void* x, const void* w, int64_t n);
   float (*sum_rows)(const RowSum&, void* to);  // writes the sum, rounded once; returns its squared norm
   float (*add_rows)(const RowSum&, void* to);  // the same in float32, in an order that is the kernels' own
