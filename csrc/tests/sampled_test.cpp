@@ -361,95 +361,6 @@ void check_rows(const Variant& variant) {
       }
 }
 
-// Rows that are taken together, more of them than are at once and of more columns than a tile of W has: what each has is
-// what it has alone, bit for bit. One row's logits are far below what was drawn on, one's far above, one's more and more.
-void check_together(const Variant& variant) {
-  const int64_t n = 150, v = 700, width = 300, most = 2 + EXTRA + 70;
-  std::mt19937 random(8);
-  std::normal_distribution<float> normal;
-  std::vector<float> x, weight, logits, expected(n), mass(n), probs(2 * n), ce, score(n), target(n), picked, scores, scale;
-  for (int64_t i = 0; i < n * width; ++i) x.push_back(normal(random));
-  for (int64_t i = 0; i < v * width; ++i) weight.push_back(0.12f * normal(random));
-  const auto x16 = in_bfloat16(x), weight16 = in_bfloat16(weight);
-  std::vector<int64_t> labels, starts, ids{0, 7};
-  std::vector<float> values{1.0f, 2.0f};
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t j = 0; j < v; ++j) {
-      float z = 0;
-      for (int64_t d = 0; d < width; ++d) z += from_bfloat16(x16[i * width + d]) * from_bfloat16(weight16[j * width + d]);
-      const float falling = -15.0f * static_cast<float>(j / 100);
-      logits.push_back(z + (i == 11 ? 60.0f : i == 12 ? -60.0f : i == 13 ? falling : 0.0f));
-    }
-    labels.push_back(i % 5 == 0 ? -1 : random() % v);
-    starts.push_back(random() >> 1);
-    ce.push_back(0.1f * static_cast<float>(1 + random() % 9));
-    picked.push_back(labels[i] < 0 ? 0.0f : logits[i * v + labels[i]]);
-    for (const int64_t id : ids) scores.push_back(logits[i * v + id]);
-    scale.push_back(1.0f);
-  }
-  for (const bool proposed : {false, true})
-    for (const bool gradient : {false, true})
-      for (const Type type : {Type::float32, Type::bfloat16}) {
-        const bool wide = type == Type::float32;
-        struct Found {
-          std::vector<float> entries, nll, lse, spread, norm, weights, dx;
-          std::vector<int32_t> columns, counts;
-          std::vector<uint16_t> dx16;
-        };
-        const auto all = [&](int64_t step) {
-          Found f{std::vector<float>(n * most), std::vector<float>(n), std::vector<float>(n), std::vector<float>(n),
-                  std::vector<float>(n), std::vector<float>(4 * n), std::vector<float>(n * width), std::vector<int32_t>(n * most),
-                  std::vector<int32_t>(n), std::vector<uint16_t>(n * width)};
-          std::vector<float> copy = logits;
-          auto copy16 = in_bfloat16(copy);
-          std::vector<char> used(n, 1);
-          used[20] = used[149] = 0;
-          RowPass p{};
-          p.logits = wide ? static_cast<void*>(copy.data()) : copy16.data();
-          p.n_vocab = p.stride = v;
-          p.row_scale = proposed ? scale.data() : nullptr;
-          p.picked_label = picked.data(), p.picked_scores = scores.data(), p.labels = labels.data();
-          p.ce = ce.data(), p.score = score.data(), p.score_target = target.data();
-          p.used = reinterpret_cast<const bool*>(used.data());
-          p.ids = ids.data(), p.values = values.data(), p.n_tokens = 2;
-          p.nll = f.nll.data(), p.lse = f.lse.data(), p.expected = expected.data(), p.mass = mass.data();
-          p.probs = probs.data(), p.logit_scale = 1.0f, p.gradient = true;
-          const Lists lists{f.columns.data(), f.counts.data(), f.entries.data(), most, starts.data(), 1.0 / 64, 0.5};
-          void* const dx = wide ? static_cast<void*>(f.dx.data()) : f.dx16.data();
-          const Operands o{wide ? static_cast<const void*>(x.data()) : x16.data(),
-                           wide ? static_cast<const void*>(weight.data()) : weight16.data(), width, width, width,
-                           gradient ? dx : nullptr, f.spread.data(), f.norm.data(), proposed ? f.weights.data() : nullptr};
-          for (int64_t i = 0; i < n; i += step) sampled_rows(p, lists, o, variant, type, i, std::min(i + step, n));
-          return f;
-        };
-        const Found one = all(1), together = all(n), some = all(37);
-        const std::string name = std::string(variant.name) + (wide ? " float32" : " bfloat16") + (proposed ? ", proposed" : "");
-        int64_t listed = 0;
-        for (const int32_t count : one.counts) listed += count;
-        expect(listed > 15 * n, name + ": lists are long");
-        for (const Found* found : {&together, &some})
-          expect(found->columns == one.columns && found->counts == one.counts && found->entries == one.entries &&
-                     found->nll == one.nll && found->lse == one.lse && found->spread == one.spread &&
-                     found->norm == one.norm && found->weights == one.weights && found->dx == one.dx && found->dx16 == one.dx16,
-                 name + ": a row is what it is alone");
-        if (!gradient) continue;
-        for (int64_t i = 0; i < n; ++i) {  // dX is the list times W
-          double off = 0, size = 0;
-          for (int64_t d = 0; d < width; ++d) {
-            double sum = 0, largest = 0;
-            for (int64_t e = 0; e < one.counts[i]; ++e) {
-              const int64_t at = one.columns[i * most + e] * width + d;
-              const double summand = double{one.entries[i * most + e]} * (wide ? weight[at] : from_bfloat16(weight16[at]));
-              sum += summand, largest += std::fabs(summand);
-            }
-            const double found = wide ? one.dx[i * width + d] : from_bfloat16(one.dx16[i * width + d]);
-            off += (found - sum) * (found - sum), size += largest * largest;
-          }
-          expect(off <= size * (wide ? 1e-12 : 1e-5), name + ": dX of row " + std::to_string(i));
-        }
-      }
-}
-
 void check_flat(const Variant& variant) {
   Problem p(3000, 0.0f, 1);
   for (const int64_t start : {int64_t{0}, (int64_t{1} << 31) - 1})
@@ -516,7 +427,6 @@ int main() {
     check_quantised(variant);
     check_two_multiples(variant);
     check_rows(variant);
-    check_together(variant);
     check_flat(variant);
     check_weight(variant);
     std::printf("%s: done\n", variant.name);
