@@ -34,7 +34,7 @@ HELP = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS
 
 @pytest.mark.parametrize("argv", HELP)
 def test_help_is_fast(argv):
-    """Processor time, the best of ten: a busy machine does not count, and a slow one by how long tyro alone takes then."""
+    """Processor time, the best of ten: a busy machine does not count, and a slow one by what tyro alone takes then."""
 
     def seconds(start):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
