@@ -21,9 +21,9 @@
 //
 // A thread takes many rows together: first their draws, then the rows of W that they list, tile by tile in the
 // vocabulary's order, which lists have. Rows of W lie anywhere in memory, and waiting for each of them for each entry took a
-// quarter of the time; so each is read once for all rows that list it, and asked for before. dX is summed up in float32,
-// relative to the largest logit that was drawn on (or to an exact one that is far above it), until the row's log-sum-exp is
-// known. A row's results are the same bits whatever rows are taken with it.
+// quarter of the time (eps 2^-12); so each is read once for all rows that list it, and asked for before. dX is summed up in
+// float32, relative to the largest logit that was drawn on (or to an exact one that is far above it), until the row's
+// log-sum-exp is known. A row's results are the same bits whatever rows are taken with it.
 //
 // Cost beside the logits' GEMM: 2 reads of the logits; per entry 6 D FLOP for dX (its logit and the norm of W's row, too),
 // 2 D FLOP for dW, whose every element is written once; W's listed rows, once for so many rows (at most 128) that X, dX and

@@ -56,9 +56,9 @@ def run(recipe: Recipe, *, gpu: str | None, count: int | None, mfu: float) -> in
     made = plan_of(recipe, data, target, mfu)
     console.rule("plan")
     console.print(header(made), markup=False)
-    with console.status("counting memory: some steps without values"):  # seconds to minutes; shown in a terminal
+    counting = console.status("counting memory: steps without values")  # seconds to minutes; shown in a terminal
+    with counting:
         found = estimate.memory(recipe, data, target, made.step, made.sharing)
-        advice = list(about_memory(made, found))
     console.rule(f"memory of one rank at its peak: in the {found.moment}")
     console.print(estimate.memory_table(recipe, found, made.place.loss))
     if found.host:
@@ -68,8 +68,9 @@ def run(recipe: Recipe, *, gpu: str | None, count: int | None, mfu: float) -> in
             f"for {node} on a node: weights, gradients and AdamW state; their pages are locked",
             markup=False,
         )
-    for line in advice:
-        console.print(line, markup=False)
+    with counting:
+        for line in about_memory(made, found):
+            console.print(line, markup=False)
     console.rule("time")
     for line in about_time(made):
         console.print(line, markup=False)
