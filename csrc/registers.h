@@ -79,15 +79,17 @@ inline Words running_sum(Words words) {
 
 inline Floats all_of(float x) { return x - Floats{}; }  // -0 and NaN stay what they are
 
+// By halves: one addition after the other would wait for each of them.
 template <class Vector>
 inline auto sum_of(const Vector& v) {
   using Element = decltype(+v[0]);
   alignas(64) Element all[LANES];
   __builtin_memcpy(all, &v, sizeof v);
-  Element sum{};
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < LANES; ++i) sum += all[i];
-  return sum;
+#pragma GCC unroll 8
+  for (int64_t half = LANES / 2; half > 0; half /= 2)
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) all[i] += all[i + half];
+  return all[0];
 }
 
 inline float largest_of(const Floats& v) {

@@ -154,11 +154,18 @@ void take_out(const RowPass& p, int64_t row) {
   for (int64_t k = 0; k < p.n_tokens; ++k) logits[p.ids[k]] = nothing;
 }
 
-// `body` of n elements, PAIR at a time, those that are missing at the end as NOTHING.
+constexpr int64_t AHEAD = 4096;  // bytes: a page, where what processors ask for ahead by themselves ends
+
+// `body` of n elements, PAIR at a time, those that are missing at the end as NOTHING. Those further on are asked for: logits
+// that a product has just written are most often not in the caches of the core that reads them.
 template <class T, class Body>
 inline void over_pairs(const T* raw, int64_t n, const Body& body) {
   int64_t i = 0;
-  for (; i + PAIR <= n; i += PAIR) body(load_pair(raw + i));
+  for (; i + PAIR <= n; i += PAIR) {
+    const char* ahead = reinterpret_cast<const char*>(raw + i) + AHEAD;
+    for (int64_t byte = 0; byte < PAIR * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(ahead + byte);
+    body(load_pair(raw + i));
+  }
   if (i == n) return;
   T last[PAIR];
   for (int64_t j = 0; j < PAIR; ++j) last[j] = i + j < n ? raw[i + j] : narrow<T>(NOTHING);

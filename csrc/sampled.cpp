@@ -54,7 +54,6 @@ struct Listed {
   Coefficients c;
   std::vector<Capped> at;
   std::vector<float> drawn_on;     // the logits as they were drawn on
-  std::vector<float> squares;      // of rows of W
   double peak;                     // largest of the logits that were drawn on, and of the listed ones
   std::vector<float> now, before;  // exp(z - peak); where logits were computed again, exp(drawn_on - sums.top)
   int64_t next;                    // entries that read_weights has come to
@@ -66,7 +65,8 @@ struct Together {
   std::vector<Listed> rows;
   std::vector<float> dx;         // (rows, width): of each row the sum of exp(z - base) slope ratio times W's, by add_rows
   std::vector<uint64_t> listed;  // a bit a column,
-  std::vector<int64_t> columns;  // and those that are set
+  std::vector<int32_t> columns;  // and those that are set
+  std::vector<float> squares;    // (n_vocab): the squared norm of W's row, where it is listed
   std::vector<float> values;     // of a row in a tile
 
   float* dx_of(int64_t i, const Operands& o) { return o.dx == nullptr ? nullptr : dx.data() + i * o.width; }
@@ -81,7 +81,6 @@ void open_row(const RowPass& p, const Lists& lists, const Operands& o, const Ker
   listed.count = p.used[row] ? draw_row(p, lists, o, listed.c, s, row) : 0;
   listed.peak = listed.base = listed.sums.top;
   listed.next = 0;
-  listed.squares.resize(listed.count);
   listed.at.resize(listed.count);
   listed.drawn_on.resize(listed.count);
   s.capped(p, row, lists.columns + row * lists.most, listed.count, listed.at.data());  // while it is in the cache
@@ -110,7 +109,7 @@ void add_entries(const Lists& lists, const Operands& o, const SampledKernels& s,
     s.exps(values.data(), n);
     for (int64_t i = 0; i < n; ++i)
       values[i] *= static_cast<float>(listed.at[first + i].slope * ratios[first + i]);
-    s.add_rows({o.weight, o.w_stride, o.width, columns + first, values.data(), n, 1.0f, dx}, dx);
+    s.add_rows({{o.weight, o.w_stride, o.width, columns + first, n}, values.data(), 1.0f, dx}, dx);
     first += n;
   }
 }
@@ -122,19 +121,21 @@ void read_row(const RowPass& p, const Lists& lists, const Operands& o, const Ker
   const void* x = row_at(o.x, row, o.x_stride, type);
   const int64_t first = listed.next;
   int64_t i = first;
-  for (; i < listed.count && columns[i] < end; ++i) {
-    const Products at_w = s.products(x, row_at(o.weight, columns[i], o.w_stride, type), o.width);
-    listed.squares[i] = at_w.ww;
-    if (!again(o, type)) continue;
-    listed.at[i] = transform(p, k, at_w.xw, columns[i]);
-    listed.peak = std::max(listed.peak, listed.at[i].z);
+  while (i < listed.count && columns[i] < end) ++i;
+  if (again(o, type)) {
+    values.resize(i - first);
+    s.dots(x, {o.weight, o.w_stride, o.width, columns + first, i - first}, values.data());
+    for (int64_t j = first; j < i; ++j) {
+      listed.at[j] = transform(p, k, values[j - first], columns[j]);
+      listed.peak = std::max(listed.peak, listed.at[j].z);
+    }
   }
   listed.next = i;
   if (o.dx != nullptr) add_entries(lists, o, s, row, first, i, values, dx, listed);
 }
 
 // Asks for rows of W ahead: they lie anywhere in it, and each would be waited for.
-void fetch(const Operands& o, Type type, const int64_t* columns, int64_t n) {
+void fetch(const Operands& o, Type type, const int32_t* columns, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const char* row = static_cast<const char*>(row_at(o.weight, columns[i], o.w_stride, type));
     for (int64_t byte = 0; byte < o.width * size_of(type); byte += 64) __builtin_prefetch(row + byte, 0, 2);
@@ -152,16 +153,19 @@ void read_weights(const RowPass& p, const Lists& lists, const Operands& o, const
       const int32_t column = lists.columns[(begin + i) * lists.most + j];
       listed[column / 64] |= uint64_t{1} << column % 64;
     }
-  std::vector<int64_t>& columns = together.columns;
+  std::vector<int32_t>& columns = together.columns;
   columns.clear();
   for (size_t word = 0; word < listed.size(); ++word)
     for (uint64_t bits = listed[word]; bits != 0; bits &= bits - 1)
-      columns.push_back(static_cast<int64_t>(word) * 64 + __builtin_ctzll(bits));
+      columns.push_back(static_cast<int32_t>(word * 64 + __builtin_ctzll(bits)));
   const auto all = static_cast<int64_t>(columns.size());
   const int64_t tile = std::max<int64_t>(1, TILE_BYTES / (o.width * size_of(type) + 1));
   fetch(o, type, columns.data(), std::min(tile, all));
   for (int64_t first = 0; first < all; first += tile) {
     const int64_t next = std::min(first + tile, all), more = std::min(tile, all - next);
+    for (int64_t i = first; i < next && o.dx != nullptr; ++i)
+      s.dots(row_at(o.weight, columns[i], o.w_stride, type), {o.weight, o.w_stride, o.width, &columns[i], 1},
+             &together.squares[columns[i]]);
     for (int64_t i = 0; i < n; ++i) {
       fetch(o, type, columns.data() + next + more * i / n, more * (i + 1) / n - more * i / n);
       read_row(p, lists, o, k, s, type, begin + i, next < all ? columns[next] : p.n_vocab, together.values,
@@ -206,14 +210,16 @@ void write_weights(const float* ratios, const Listed& listed, double lse_was, do
 }
 
 // Turns the ratios of a row into values, and finds the spread of their draw.
-void settle_row(const Lists& lists, const Operands& o, int64_t row, const Listed& listed) {
+void settle_row(const Lists& lists, const Operands& o, int64_t row, const Together& together, const Listed& listed) {
+  const int32_t* columns = lists.columns + row * lists.most;
   float* values = lists.values + row * lists.most;
   const double factor = listed.c.kappa * std::exp(listed.peak - listed.c.lse);
   double spread = 0.0;
   for (int64_t i = 0; i < listed.count; ++i) {
     const double ratio = values[i];
     values[i] = static_cast<float>(factor * listed.now[i] * listed.at[i].slope * ratio);
-    if (ratio > 1.0) spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * listed.squares[i];
+    if (ratio > 1.0 && o.dx != nullptr)
+      spread += double{values[i]} * values[i] * (1.0 - 1.0 / ratio) * together.squares[columns[i]];
   }
   if (o.dx != nullptr) o.spread[row] = static_cast<float>(spread);
 }
@@ -236,33 +242,34 @@ int64_t append(const RowPass& p, const Lists& lists, const Coefficients& c, cons
   return count;
 }
 
-// Statistics with what was computed again, values, dX.
+// Statistics with what was computed again, values, dX; of row i of those that are taken together.
 void close_row(const RowPass& p, const Lists& lists, const Operands& o, const Kernels& k, const SampledKernels& s,
-               Type type, int64_t row, float* scores, const float* dx, Listed& listed) {
+               Type type, int64_t row, float* scores, int64_t i, Together& together) {
+  Listed& listed = together.rows[i];
   const int64_t count = listed.count;
   const bool proposed = o.weights != nullptr;
   const float* ratios = lists.values + row * lists.most;
   const double lse_was = listed.c.lse;
   listed.now.resize(count);
-  for (int64_t i = 0; i < count; ++i) listed.now[i] = static_cast<float>(listed.at[i].z - listed.peak);
+  for (int64_t j = 0; j < count; ++j) listed.now[j] = static_cast<float>(listed.at[j].z - listed.peak);
   s.exps(listed.now.data(), count);
   Sums sums = listed.sums;
   if (again(o, type) && count > 0) {
     listed.before.resize(count);
-    for (int64_t i = 0; i < count; ++i) listed.before[i] = listed.drawn_on[i] - listed.sums.top;
+    for (int64_t j = 0; j < count; ++j) listed.before[j] = listed.drawn_on[j] - listed.sums.top;
     s.exps(listed.before.data(), count);
     sums = corrected(ratios, listed, proposed);
   }
   listed.c = finish(p, k, sums, row, scores);
   if (proposed) write_weights(ratios, listed, lse_was, listed.c.lse, o.weights + 4 * row);
-  settle_row(lists, o, row, listed);
+  settle_row(lists, o, row, together, listed);
   const int64_t all = p.used[row] ? append(p, lists, listed.c, scores, row, count) : count;
   lists.counts[row] = static_cast<int32_t>(all);
   if (o.dx == nullptr) return;
   const double times = listed.c.kappa * std::exp(listed.base - listed.c.lse);
   const int64_t own = row * lists.most + count;
-  const RowSum sum{o.weight, o.w_stride, o.width, lists.columns + own, lists.values + own, all - count, 1.0f,
-                   count > 0 ? dx : nullptr, static_cast<float>(times)};
+  const RowSum sum{{o.weight, o.w_stride, o.width, lists.columns + own, all - count}, lists.values + own, 1.0f,
+                   count > 0 ? together.dx_of(i, o) : nullptr, static_cast<float>(times)};
   o.norm[row] = s.sum_rows(sum, const_cast<void*>(row_at(o.dx, row, o.width, type)));
 }
 
@@ -276,6 +283,7 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
   const int64_t step = std::clamp<int64_t>(MOST_BYTES / (o.width * (size_of(type) + 4) + 1), 1, MOST_ROWS);
   Together together;
   together.rows.resize(std::min(step, end - begin));
+  together.squares.resize(o.dx == nullptr ? 0 : p.n_vocab);
   for (int64_t first = begin, n; first < end; first += n) {
     int64_t entries = 0;
     for (n = 0; n < step && first + n < end && entries <= MOST_ENTRIES; ++n) {
@@ -285,7 +293,7 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
     together.dx.assign(o.dx == nullptr ? 0 : n * o.width, 0.0f);
     if (reads_weight(o, type)) read_weights(p, lists, o, k, s, type, first, n, together);
     for (int64_t i = 0; i < n; ++i)
-      close_row(p, lists, o, k, s, type, first + i, scores.data(), together.dx_of(i, o), together.rows[i]);
+      close_row(p, lists, o, k, s, type, first + i, scores.data(), i, together);
   }
 }
 
@@ -296,7 +304,7 @@ void sampled_weight(const Transposed& t, const void* x, int64_t x_stride, int64_
     const int64_t first = t.first[column], count = t.first[column + 1] - first;
     if (dw != nullptr) {
       void* const to = const_cast<void*>(row_at(dw, column, width, type));
-      const RowSum all{x, x_stride, width, t.rows.data() + first, t.values.data() + first, count, scale};
+      const RowSum all{{x, x_stride, width, t.rows.data() + first, count}, t.values.data() + first, scale};
       if (count > 0)
         s.sum_rows(all, to);
       else

@@ -25,9 +25,9 @@
 // float32, relative to the largest logit that was drawn on (or to an exact one that is far above it), until the row's
 // log-sum-exp is known. A row's results are the same bits whatever rows are taken with it.
 //
-// Cost beside the logits' GEMM: 2 reads of the logits; per entry 6 D FLOP for dX (its logit and the norm of W's row, too),
-// 2 D FLOP for dW, whose every element is written once; W's listed rows, once for so many rows (at most 128) that X, dX and
-// a tile of W stay in the L2 cache. Where lists are short and few rows share a column, dX goes through the cache for each
+// Cost beside the logits' GEMM: 2 reads of the logits; per entry 4 D FLOP for dX (its logit, too), 2 D FLOP for dW, whose
+// every element is written once; W's listed rows and their norms, once for so many rows (at most 128) that X, dX and a tile
+// of W stay in the L2 cache. Where lists are short and few rows share a column, dX goes through the cache for each
 // two entries or so, and a tenth of the time is lost against rows that are finished one by one.
 #pragma once
 
@@ -60,18 +60,19 @@ struct Operands {
   float* weights;         // how many, and the largest, the sum and the sum of squares of their p / (proposed p)
 };
 
-struct Products {
-  float xw, ww;  // x . w, w . w
-};
-
-// `times` `before` (or nothing, where it is null) and the sum of values[i] * scale * (row index[i]) over `count` of `rows`,
-// `stride` elements apart. `before` is what add_rows has written.
-struct RowSum {
-  const void* rows;
+// Rows index[0], ..., index[count - 1] of a matrix whose rows are `stride` elements apart.
+struct Rows {
+  const void* first;
   int64_t stride, width;
   const int32_t* index;
-  const float* values;
   int64_t count;
+};
+
+// `times` `before` (or nothing, where it is null) and the sum of values[i] * scale * (row i of `rows`). `before` is what
+// add_rows has written.
+struct RowSum {
+  Rows rows;
+  const float* values;
   float scale;
   const float* before = nullptr;
   float times = 1.0f;
@@ -86,7 +87,7 @@ struct SampledKernels {
   int64_t (*draw)(const RowPass&, float shift, uint32_t start, int64_t row, int32_t* columns, float* ratios,
                   int64_t most);
   void (*exps)(float* x, int64_t n);  // in place, x <= 80; the same bits however many are together
-  Products (*products)(const void* x, const void* w, int64_t n);
+  void (*dots)(const void* x, const Rows&, float* to);  // of x and each row; the same bits however many are together
   float (*sum_rows)(const RowSum&, void* to);  // writes the sum, rounded once; returns its squared norm
   float (*add_rows)(const RowSum&, void* to);  // the same in float32, in an order that is the kernels' own
   void (*store)(const float* from, void* to, int64_t n);

@@ -123,55 +123,51 @@ inline void exps(float* x, int64_t n) {
   for (; i < n; ++i) x[i] = exp_bounded(x[i]);
 }
 
-#ifdef __AVX512BF16__
-// Adds the products of the first elements, as many as fill registers; returns how many. The instruction is two fused
-// multiply-adds, and takes denormal numbers for 0.
-inline int64_t add_products(const bfloat16* x, const bfloat16* w, int64_t n, Products& found) {
-  __m512 xw[2] = {}, ww[2] = {};
-  const auto halves = [](const bfloat16* from) { return __builtin_bit_cast(__m512bh, _mm512_loadu_si512(from)); };
-  int64_t done = 0;
-  for (; done + 64 <= n; done += 64)
-    for (int i = 0; i < 2; ++i) {
-      const __m512bh some = halves(w + done + 32 * i);
-      xw[i] = _mm512_dpbf16_ps(xw[i], halves(x + done + 32 * i), some);
-      ww[i] = _mm512_dpbf16_ps(ww[i], some, some);
+// Dot products of x and ROWS rows of W at once, in the same order whatever ROWS is.
+template <class T, int ROWS>
+inline void dots_of(const T* x, const T* const* w, int64_t n, float* to) {
+  int64_t i = 0;
+  Pair sums[ROWS] = {};
+#ifdef __AVX512BF16__  // the instruction is two fused multiply-adds, and takes denormal numbers for 0
+  if constexpr (sizeof(T) == 2) {
+    const auto halves = [](const T* from) { return __builtin_bit_cast(__m512bh, _mm512_loadu_si512(from)); };
+    for (; i + 2 * PAIR <= n; i += 2 * PAIR) {
+      const __m512bh first = halves(x + i), second = halves(x + i + PAIR);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r].a = _mm512_dpbf16_ps(sums[r].a, first, halves(w[r] + i));
+        sums[r].b = _mm512_dpbf16_ps(sums[r].b, second, halves(w[r] + i + PAIR));
+      }
     }
-  found = {sum_of(xw[0] + xw[1]), sum_of(ww[0] + ww[1])};
-  return done;
-}
-#else
-inline int64_t add_products(const bfloat16*, const bfloat16*, int64_t, Products&) { return 0; }
+  }
 #endif
-inline int64_t add_products(const float*, const float*, int64_t, Products&) { return 0; }
+  for (; i + PAIR <= n; i += PAIR) {
+    const Pair xs = load_pair(x + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) {
+      const Pair ws = load_pair(w[r] + i);
+      sums[r].a += xs.a * ws.a;
+      sums[r].b += xs.b * ws.b;
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) to[r] = sum_of(sums[r].a + sums[r].b);
+  for (; i < n; ++i)
+    for (int r = 0; r < ROWS; ++r) to[r] += widen(x[i]) * widen(w[r][i]);
+}
 
 template <class T>
-Products products(const void* x_row, const void* w_row, int64_t n) {
-  Products found{};
-  const T *x = static_cast<const T*>(x_row), *w = static_cast<const T*>(w_row);
-  int64_t i = add_products(x, w, n, found);
-  Pair xw[2] = {}, ww[2] = {};  // each sum waits for its last addition
-  const auto add = [&](int64_t at, Pair& product, Pair& square) {
-    const Pair xs = load_pair(x + at), ws = load_pair(w + at);
-    product.a += xs.a * ws.a;
-    product.b += xs.b * ws.b;
-    square.a += ws.a * ws.a;
-    square.b += ws.b * ws.b;
-  };
-  for (; i + 2 * PAIR <= n; i += 2 * PAIR) {
-    add(i, xw[0], ww[0]);
-    add(i + PAIR, xw[1], ww[1]);
+void dots(const void* one, const Rows& rows, float* to) {
+  const T* x = static_cast<const T*>(one);
+  const auto row = [&](int64_t i) { return static_cast<const T*>(rows.first) + rows.index[i] * rows.stride; };
+  int64_t i = 0;
+  for (; i + 4 <= rows.count; i += 4) {
+    const T* const w[] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
+    dots_of<T, 4>(x, w, rows.width, to + i);
   }
-  if (i + PAIR <= n) {
-    add(i, xw[0], ww[0]);
-    i += PAIR;
+  for (; i < rows.count; ++i) {
+    const T* const w[] = {row(i)};
+    dots_of<T, 1>(x, w, rows.width, to + i);
   }
-  found.xw += sum_of((xw[0].a + xw[1].a) + (xw[0].b + xw[1].b));
-  found.ww += sum_of((ww[0].a + ww[1].a) + (ww[0].b + ww[1].b));
-  for (; i < n; ++i) {
-    found.xw += widen(x[i]) * widen(w[i]);
-    found.ww += widen(w[i]) * widen(w[i]);
-  }
-  return found;
 }
 
 constexpr int MOST_PAIRS = LANES == 16 ? 8 : 4;
@@ -179,7 +175,7 @@ constexpr int MOST_PAIRS = LANES == 16 ? 8 : 4;
 // As many blocks of PAIRS PAIR elements as there are from `begin` on; then of half as many. Returns where it ends.
 template <class T, class Out, int PAIRS>
 inline int64_t sum_blocks(const RowSum& s, int64_t begin, Out* to, float& norm) {
-  for (; begin + PAIRS * PAIR <= s.width; begin += PAIRS * PAIR) {
+  for (; begin + PAIRS * PAIR <= s.rows.width; begin += PAIRS * PAIR) {
     Pair sums[PAIRS] = {};
     if (s.before != nullptr)
 #pragma GCC unroll 8
@@ -187,9 +183,9 @@ inline int64_t sum_blocks(const RowSum& s, int64_t begin, Out* to, float& norm) 
         const Pair two = load_pair(s.before + begin + j * PAIR);
         sums[j] = {s.times * two.a, s.times * two.b};
       }
-    const T* rows = static_cast<const T*>(s.rows) + begin;
-    for (int64_t i = 0; i < s.count; ++i) {
-      const T* row = rows + s.index[i] * s.stride;
+    const T* rows = static_cast<const T*>(s.rows.first) + begin;
+    for (int64_t i = 0; i < s.rows.count; ++i) {
+      const T* row = rows + s.rows.index[i] * s.rows.stride;
       const float factor = s.values[i] * s.scale;
 #pragma GCC unroll 8
       for (int j = 0; j < PAIRS; ++j) {
@@ -214,10 +210,10 @@ template <class T, class Out>
 float sum_rows(const RowSum& s, void* out) {
   float norm = 0.0f;
   Out* to = static_cast<Out*>(out);
-  for (int64_t j = sum_blocks<T, Out, MOST_PAIRS>(s, 0, to, norm); j < s.width; ++j) {
+  for (int64_t j = sum_blocks<T, Out, MOST_PAIRS>(s, 0, to, norm); j < s.rows.width; ++j) {
     float sum = s.before == nullptr ? 0.0f : s.times * s.before[j];
-    for (int64_t i = 0; i < s.count; ++i)
-      sum += s.values[i] * s.scale * widen(static_cast<const T*>(s.rows)[s.index[i] * s.stride + j]);
+    for (int64_t i = 0; i < s.rows.count; ++i)
+      sum += s.values[i] * s.scale * widen(static_cast<const T*>(s.rows.first)[s.rows.index[i] * s.rows.stride + j]);
     norm += sum * sum;
     to[j] = narrow<Out>(sum);
   }
@@ -248,7 +244,7 @@ void capped(const RowPass& p, int64_t row, const int32_t* columns, int64_t n, Ca
 
 template <class T>
 constexpr SampledKernels sampled_kernels_of() {
-  return {longest<T>, draw<T>, exps, products<T>, sum_rows<T, T>, sum_rows<T, float>, store<T>, capped<T>};
+  return {longest<T>, draw<T>, exps, dots<T>, sum_rows<T, T>, sum_rows<T, float>, store<T>, capped<T>};
 }
 
 }  // namespace

@@ -330,19 +330,28 @@ void check_rows(const Variant& variant) {
                    *const one = wide ? static_cast<const void*>(x.data()) : x16.data();
         const SampledKernels& s = variant.sampled(wide ? Type::float32 : Type::bfloat16);
         const std::string name = std::string(variant.name) + (wide ? " float32" : " bfloat16") + ", width " + std::to_string(width);
-        const Products found = s.products(one, all, width);
-        double xw = 0, ww = 0, size = 0;
-        for (int64_t d = 0; d < width; ++d) xw += double{x[d]} * w[d], ww += double{w[d]} * w[d], size += std::fabs(double{x[d]} * w[d]);
-        expect(std::fabs(found.xw - xw) <= 2e-6 * size && std::fabs(found.ww - ww) <= 2e-6 * ww, name + ": products");
+        std::vector<float> dots(count + 1, -7.0f);
+        s.dots(one, {all, stride, width, index.data(), count}, dots.data());
+        for (int64_t i = 0; i < count; ++i) {
+          double xw = 0, size = 0;
+          for (int64_t d = 0; d < width; ++d) {
+            const double product = double{x[d]} * w[index[i] * stride + d];
+            xw += product, size += std::fabs(product);
+          }
+          float alone;
+          s.dots(one, {all, stride, width, &index[i], 1}, &alone);
+          expect(std::fabs(dots[i] - xw) <= 2e-6 * size && alone == dots[i], name + ": dot product");
+        }
+        expect(dots[count] == -7.0f, name + ": no further");
         const bool more = count % 2 == 1;  // to what add_rows has left, half of the first row
         const float half = 0.5f;
         const int32_t none = 0;
         std::vector<float> sum(width + 1, -7.0f), before(width + 1, -7.0f);
-        s.add_rows({all, stride, width, &none, &half, 1, 1.0f}, before.data());
-        s.add_rows({all, stride, width, &none, &half, 1, 2.0f, before.data(), -1.0f}, before.data());
+        s.add_rows({{all, stride, width, &none, 1}, &half, 1.0f}, before.data());
+        s.add_rows({{all, stride, width, &none, 1}, &half, 2.0f, before.data(), -1.0f}, before.data());
         expect(before[width] == -7.0f, name + ": no further");
         std::vector<uint16_t> sum16(width + 1, to_bfloat16(-7.0f));
-        const float norm = s.sum_rows({all, stride, width, index.data(), values.data(), count, 0.3f,
+        const float norm = s.sum_rows({{all, stride, width, index.data(), count}, values.data(), 0.3f,
                                        more ? before.data() : nullptr, 0.2f},
                                       wide ? static_cast<void*>(sum.data()) : sum16.data());
         if (!wide)
