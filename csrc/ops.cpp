@@ -1,54 +1,17 @@
-// The kernels as PyTorch operators, in the namespace tract_fast. Through PyTorch's stable ABI, which has all that is
+// The loss's kernels as PyTorch operators, in the namespace tract_fast (those of layers: ops_lean.cpp). Through PyTorch's stable ABI, which has all that is
 // needed (tensors' pointers and its thread pool), so that one build can serve torch from 2.11 on.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
+#include "ops.h"
 
-#include <cstdlib>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "lean.h"
-#include "row_pass.h"
 #include "sampled.h"
 #include "scratch.h"
 
 namespace tract_fast {
 namespace {
-
-using torch::stable::Tensor;
-
-// The variant that TRACT_FAST_CPU names, or the fastest one.
-const Variant& chosen() {
-  const char* name = std::getenv("TRACT_FAST_CPU");
-  const Variant* variant = find_variant(name != nullptr && *name != '\0' ? name : nullptr);
-  STD_TORCH_CHECK(variant != nullptr, "TRACT_FAST_CPU = ", name == nullptr ? "" : name,
-                  ": this processor or build has no such variant; unset it");
-  return *variant;
-}
-
-Type type_of(const Tensor& t) {
-  using torch::headeronly::ScalarType;
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::BFloat16,
-                  "the kernels take float32 or bfloat16");
-  return t.scalar_type() == ScalarType::Float ? Type::float32 : Type::bfloat16;
-}
-
-const auto in_parallel = [](int64_t count, const auto& body) { torch::stable::parallel_for(0, count, 1, body); };
-
-template <class T>
-T* pointer(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
-
-// Refuses a tensor that the kernels would read or write wrongly.
-void check(const Tensor& t, const char* name, torch::headeronly::ScalarType type, int64_t numel) {
-  STD_TORCH_CHECK(t.is_cpu() && t.is_contiguous() && t.scalar_type() == type && t.numel() == numel, name,
-                  " must be contiguous, on the CPU, of its type, and have ", numel, " elements");
-}
 
 void check_range(const Tensor& indices, const char* name, int64_t least, int64_t end) {
   const int64_t* values = pointer<int64_t>(indices);
@@ -174,6 +137,58 @@ void sampled_rows_op(const Tensor logits, const std::optional<Tensor> bias, cons
   in_parallel(n, [&](int64_t begin, int64_t end) { sampled_rows(p, lists, operands, variant, type, begin, end); });
 }
 
+// The logits of the labels (some column's where there is none) and of the score tokens, in float32.
+void pick_op(const Tensor x, const Tensor weight, const Tensor labels, const Tensor ids, const Tensor label,
+             const Tensor scores) {
+  using torch::headeronly::ScalarType;
+  const int64_t n = labels.numel(), n_vocab = weight.size(0), tokens = ids.numel();
+  check_rows(x, "x", x, n);
+  check_rows(weight, "weight", x, n_vocab);
+  STD_TORCH_CHECK(x.size(1) == weight.size(1) && n_vocab > 0, "x and weight must be of one width, and of columns");
+  check(labels, "labels", ScalarType::Long, n);
+  check(ids, "ids", ScalarType::Long, tokens);
+  check(label, "label", ScalarType::Float, n);
+  check(scores, "scores", ScalarType::Float, n * tokens);
+  check_range(labels, "labels", -1, n_vocab);
+  check_range(ids, "ids", 0, n_vocab);
+  std::vector<int32_t> columns(tokens + n);
+  const auto column_of = [](int64_t column) { return static_cast<int32_t>(std::max<int64_t>(column, 0)); };
+  std::transform(pointer<int64_t>(ids), pointer<int64_t>(ids) + tokens, columns.begin(), column_of);
+  std::transform(pointer<int64_t>(labels), pointer<int64_t>(labels) + n, columns.begin() + tokens, column_of);
+  const SampledKernels& kernels = chosen().sampled(type_of(x));
+  const char* rows = static_cast<const char*>(x.data_ptr());
+  const int64_t bytes = x.stride(0) * static_cast<int64_t>(x.element_size());
+  const Rows all{weight.data_ptr(), weight.stride(0), x.size(1), columns.data(), tokens};
+  float *to_label = pointer<float>(label), *to_scores = pointer<float>(scores);
+  in_parallel(n, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      Rows one = all;
+      one.index = columns.data() + tokens + row;
+      one.count = 1;
+      kernels.dots(rows + row * bytes, one, to_label + row);
+      kernels.dots(rows + row * bytes, all, to_scores + row * tokens);
+    }
+  });
+}
+
+// Rows in 8 bits, and what each is to be multiplied with.
+void quantize_op(const Tensor rows, const Tensor codes, const Tensor scales) {
+  using torch::headeronly::ScalarType;
+  const int64_t n = rows.size(0), width = rows.size(1);
+  check_rows(rows, "rows", rows, n);
+  check(codes, "codes", ScalarType::Char, n * width);
+  check(scales, "scales", ScalarType::Float, n);
+  const SampledKernels& kernels = chosen().sampled(type_of(rows));
+  const char* from = static_cast<const char*>(rows.data_ptr());
+  const int64_t bytes = rows.stride(0) * static_cast<int64_t>(rows.element_size());
+  int8_t* to = pointer<int8_t>(codes);
+  float* to_scales = pointer<float>(scales);
+  in_parallel(n, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      to_scales[row] = kernels.quantize(from + row * bytes, width, to + row * width);
+  });
+}
+
 // dW and db (or nothing, where they are empty) of lists, times `scale`.
 void sampled_weight_op(const Tensor columns, const Tensor entries, const Tensor counts, const Tensor x,
                        const Tensor scale, const Tensor dw, const Tensor db, int64_t n_vocab) {
@@ -186,16 +201,15 @@ void sampled_weight_op(const Tensor columns, const Tensor entries, const Tensor 
   check_rows(x, "x", x, n);
   if (dw.numel() > 0) check(dw, "dw", x.scalar_type(), n_vocab * width);
   if (db.numel() > 0) check(db, "db", x.scalar_type(), n_vocab);
+  const int32_t *all_columns = pointer<int32_t>(columns), *all_counts = pointer<int32_t>(counts);
   for (int64_t row = 0; row < n; ++row) {
-    const int64_t count = pointer<int32_t>(counts)[row];
+    const int64_t count = all_counts[row];
     STD_TORCH_CHECK(count >= 0 && count <= most, "counts holds ", count);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t column = pointer<int32_t>(columns)[row * most + i];
-      STD_TORCH_CHECK(column >= 0 && column < n_vocab, "columns holds ", column);
-    }
+    for (int64_t i = row * most; i < row * most + count; ++i)
+      STD_TORCH_CHECK(all_columns[i] >= 0 && all_columns[i] < n_vocab, "columns holds ", all_columns[i]);
   }
-  const Transposed t = transpose(pointer<int32_t>(columns), pointer<int32_t>(counts), pointer<float>(entries), n, most,
-                                 n_vocab, torch::stable::get_num_threads(), in_parallel);
+  const Transposed t = transpose(all_columns, all_counts, pointer<float>(entries), n, most, n_vocab,
+                                 torch::stable::get_num_threads(), in_parallel);
   const Variant& variant = chosen();
   const Type type = type_of(x);
   // parts of about as many entries and columns each: frequent columns lie together
@@ -217,14 +231,6 @@ void sampled_weight_op(const Tensor columns, const Tensor entries, const Tensor 
   });
 }
 
-// body(begin, end) for parts of n elements, on several threads.
-template <class Body>
-void over_elements(int64_t n, const Body& body) {
-  constexpr int64_t share = 1 << 16;
-  in_parallel((n + share - 1) / share,
-              [&](int64_t first, int64_t last) { body(first * share, std::min(last * share, n)); });
-}
-
 // total += part in float32, or total = part where it is the first.
 void add_op(const Tensor total, const Tensor part, bool first) {
   check(total, "total", torch::headeronly::ScalarType::Float, part.numel());
@@ -236,95 +242,22 @@ void add_op(const Tensor total, const Tensor part, bool first) {
   });
 }
 
-// out = total * by, rounded once.
+// out = total * by, rounded once; total is float32 or of out's type.
 void scale_op(const Tensor total, const Tensor by, const Tensor out) {
-  check(total, "total", torch::headeronly::ScalarType::Float, out.numel());
+  const bool own = total.scalar_type() == out.scalar_type();
+  check(total, "total", own ? out.scalar_type() : torch::headeronly::ScalarType::Float, out.numel());
   check(by, "by", torch::headeronly::ScalarType::Float, 1);
   check(out, "out", out.scalar_type(), total.numel());
   const Kernels& kernels = chosen().of(type_of(out));
   const float factor = *pointer<float>(by);
   over_elements(total.numel(), [&](int64_t begin, int64_t end) {
     char* to = static_cast<char*>(out.data_ptr()) + begin * out.element_size();
-    kernels.scale(pointer<float>(total) + begin, factor, to, end - begin);
+    const char* from = static_cast<const char*>(total.data_ptr()) + begin * total.element_size();
+    if (own)
+      kernels.rescale(from, factor, to, end - begin);
+    else
+      kernels.scale(reinterpret_cast<const float*>(from), factor, to, end - begin);
   });
-}
-
-// Arguments that norm and its backward share; `weight` holds what Norm::weight points to. r is checked with the rows.
-Norm norm_of(const Tensor& x, const Tensor& weight, double offset, double eps, const Tensor& r,
-             std::vector<float>& wide) {
-  const int64_t width = weight.numel(), n = r.numel();
-  STD_TORCH_CHECK(width > 0, "weight must not be empty");
-  check(x, "x", x.scalar_type(), n * width);
-  check(weight, "weight", weight.scalar_type(), width);
-  check(r, "r", torch::headeronly::ScalarType::Float, n);
-  wide.resize(width);
-  chosen().lean(type_of(weight)).widen(weight.data_ptr(), static_cast<float>(offset), wide.data(), width);
-  Norm p{};
-  p.x = x.data_ptr();
-  p.weight = wide.data();
-  p.r = pointer<float>(r);
-  p.width = width;
-  p.eps = eps;
-  return p;
-}
-
-// y and r of rows x; w is weight + offset.
-void rms_norm_op(const Tensor x, const Tensor weight, double offset, double eps, const Tensor y, const Tensor r) {
-  std::vector<float> wide;
-  Norm p = norm_of(x, weight, offset, eps, r, wide);
-  check(y, "y", x.scalar_type(), x.numel());
-  p.y = y.data_ptr();
-  const LeanKernels& kernels = chosen().lean(type_of(x));
-  torch::stable::parallel_for(0, r.numel(), std::max<int64_t>(1, (1 << 15) / p.width),
-                              [&](int64_t begin, int64_t end) { kernels.norm(p, begin, end); });
-}
-
-// dx and dw, each (or nothing, where it is empty), of rows whose r is known.
-void rms_norm_backward_op(const Tensor dy, const Tensor x, const Tensor weight, double offset, const Tensor r,
-                          const Tensor dx, const Tensor dw) {
-  std::vector<float> wide;
-  Norm p = norm_of(x, weight, offset, 0.0, r, wide);
-  check(dy, "dy", x.scalar_type(), x.numel());
-  p.dy = dy.data_ptr();
-  if (dx.numel() > 0) {
-    check(dx, "dx", x.scalar_type(), x.numel());
-    p.dx = dx.data_ptr();
-  }
-  if (dw.numel() > 0) check(dw, "dw", weight.scalar_type(), p.width);
-  const Variant& variant = chosen();
-  norm_backward(p, r.numel(), dw.numel() > 0 ? dw.data_ptr() : nullptr, variant.lean(type_of(x)),
-                variant.lean(type_of(weight)), in_parallel);
-}
-
-Gated gated_of(const Tensor& gate, const Tensor& up, int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation <= 2, "there is no activation ", activation);
-  check(gate, "gate", gate.scalar_type(), gate.numel());
-  check(up, "up", gate.scalar_type(), gate.numel());
-  Gated p{};
-  p.gate = gate.data_ptr();
-  p.up = up.data_ptr();
-  p.activation = static_cast<Activation>(activation);
-  return p;
-}
-
-// y = act(gate) * up.
-void gated_op(const Tensor gate, const Tensor up, int64_t activation, const Tensor y) {
-  Gated p = gated_of(gate, up, activation);
-  check(y, "y", gate.scalar_type(), gate.numel());
-  p.y = y.data_ptr();
-  const LeanKernels& kernels = chosen().lean(type_of(gate));
-  over_elements(gate.numel(), [&](int64_t begin, int64_t end) { kernels.gated(p, begin, end); });
-}
-
-void gated_backward_op(const Tensor dy, const Tensor gate, const Tensor up, int64_t activation, const Tensor dgate,
-                       const Tensor dup) {
-  Gated p = gated_of(gate, up, activation);
-  for (const Tensor* t : {&dy, &dgate, &dup}) check(*t, "a gradient", gate.scalar_type(), gate.numel());
-  p.dy = dy.data_ptr();
-  p.dgate = dgate.data_ptr();
-  p.dup = dup.data_ptr();
-  const LeanKernels& kernels = chosen().lean(type_of(gate));
-  over_elements(gate.numel(), [&](int64_t begin, int64_t end) { kernels.gated_backward(p, begin, end); });
 }
 
 // An undefined (rows, columns) tensor of the type of `like`, in memory that is kept for the next one when it goes.
@@ -348,7 +281,7 @@ int64_t release_op() {
 std::string variant_op() { return chosen().name; }
 
 // Raised whenever the operators change; tract_fast/loss/native.py expects the same number.
-int64_t abi_op() { return 5; }
+int64_t abi_op() { return 6; }
 
 }  // namespace
 }  // namespace tract_fast
@@ -366,17 +299,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
       "bool vocab, Tensor x, Tensor weight, Tensor starts, Tensor reference, float eps, Tensor(g!) columns, "
       "Tensor(h!) entries, Tensor(i!) counts, Tensor(j!) dx, Tensor(k!) spread, Tensor(l!) norm, Tensor? row_scale, "
       "Tensor(m!) weights) -> ()");
+  m.def("pick(Tensor x, Tensor weight, Tensor labels, Tensor ids, Tensor(a!) label, Tensor(b!) scores) -> ()");
+  m.def("quantize(Tensor rows, Tensor(a!) codes, Tensor(b!) scales) -> ()");
   m.def(
       "sampled_weight(Tensor columns, Tensor entries, Tensor counts, Tensor x, Tensor scale, Tensor(a!) dw, "
       "Tensor(b!) db, int n_vocab) -> ()");
   m.def("add(Tensor(a!) total, Tensor part, bool first) -> ()");
   m.def("scale(Tensor total, Tensor by, Tensor(a!) out) -> ()");
-  m.def("rms_norm(Tensor x, Tensor weight, float offset, float eps, Tensor(a!) y, Tensor(b!) r) -> ()");
-  m.def(
-      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float offset, Tensor r, Tensor(a!) dx, Tensor(b!) dw) "
-      "-> ()");
-  m.def("gated(Tensor gate, Tensor up, int activation, Tensor(a!) y) -> ()");
-  m.def("gated_backward(Tensor dy, Tensor gate, Tensor up, int activation, Tensor(a!) dgate, Tensor(b!) dup) -> ()");
   m.def("scratch(Tensor like, int rows, int columns) -> Tensor");
   m.def("release() -> int");
   m.def("variant() -> str");
@@ -386,6 +315,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tract_fast, m) {
 STABLE_TORCH_LIBRARY_IMPL(tract_fast, CompositeExplicitAutograd, m) {
   m.impl("row_pass", TORCH_BOX(&tract_fast::row_pass_op));
   m.impl("sampled_rows", TORCH_BOX(&tract_fast::sampled_rows_op));
+  m.impl("pick", TORCH_BOX(&tract_fast::pick_op));
+  m.impl("quantize", TORCH_BOX(&tract_fast::quantize_op));
   m.impl("sampled_weight", TORCH_BOX(&tract_fast::sampled_weight_op));
   m.impl("add", TORCH_BOX(&tract_fast::add_op));
   m.impl("scale", TORCH_BOX(&tract_fast::scale_op));
@@ -393,12 +324,4 @@ STABLE_TORCH_LIBRARY_IMPL(tract_fast, CompositeExplicitAutograd, m) {
   m.impl("release", TORCH_BOX(&tract_fast::release_op));
   m.impl("variant", TORCH_BOX(&tract_fast::variant_op));
   m.impl("abi", TORCH_BOX(&tract_fast::abi_op));
-}
-
-// Of the CPU alone: tensors without storage are met by tract_fast/loss/native.py.
-STABLE_TORCH_LIBRARY_IMPL(tract_fast, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&tract_fast::rms_norm_op));
-  m.impl("rms_norm_backward", TORCH_BOX(&tract_fast::rms_norm_backward_op));
-  m.impl("gated", TORCH_BOX(&tract_fast::gated_op));
-  m.impl("gated_backward", TORCH_BOX(&tract_fast::gated_backward_op));
 }

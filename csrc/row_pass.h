@@ -67,7 +67,9 @@ struct Kernels {
   void (*put_back)(const RowPass&, const Coefficients&, const float* scores, int64_t row);
   float (*bias_at)(const void* bias, int64_t column);
   void (*add)(float* total, const void* part, bool first, int64_t n);  // total += part, or = at the first
-  void (*scale)(const float* from, float factor, void* to, int64_t n);  // to = from * factor
+  // to = from * factor, rounded once, of float32 or of the kernels' type
+  void (*scale)(const float* from, float factor, void* to, int64_t n);
+  void (*rescale)(const void* from, float factor, void* to, int64_t n);
 };
 
 struct SampledKernels;  // sampled.h

@@ -285,10 +285,17 @@ void scale(const float* from, float factor, void* to, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(from[i] * factor);
 }
+template <class T>
+void rescale(const void* from, float factor, void* to, int64_t n) {
+  const T* in = static_cast<const T*>(from);
+  T* out = static_cast<T*>(to);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(widen(in[i]) * factor);
+}
 
 template <class T>
 constexpr Kernels kernels_of() {
-  return {take_out<T>, sums<T>, write<T>, put_back<T>, bias_at<T>, add<T>, scale<T>};
+  return {take_out<T>, sums<T>, write<T>, put_back<T>, bias_at<T>, add<T>, scale<T>, rescale<T>};
 }
 
 }  // namespace

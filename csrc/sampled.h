@@ -91,6 +91,9 @@ struct SampledKernels {
   float (*sum_rows)(const RowSum&, void* to);  // writes the sum, rounded once; returns its squared norm
   float (*add_rows)(const RowSum&, void* to);  // the same in float32, in an order that is the kernels' own
   void (*store)(const float* from, void* to, int64_t n);
+  // A row in 8 bits: writes codes in [-127, 127] and returns what they are to be multiplied with; where the row is not
+  // finite, zeros and a NaN.
+  float (*quantize)(const void* row, int64_t n, int8_t* codes);
   // Of the logits of n columns, as the sums had them.
   void (*capped)(const RowPass&, int64_t row, const int32_t* columns, int64_t n, Capped* to);
 };

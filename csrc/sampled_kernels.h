@@ -227,6 +227,32 @@ void store(const float* from, void* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = narrow<T>(from[i]);
 }
 
+// The bits of a magnitude, which have the order of magnitudes, a NaN last; to be scaled to a float's.
+inline uint32_t magnitude(float x) { return to_bits(x) & 0x7fffffffu; }
+inline uint16_t magnitude(bfloat16 x) { return x & 0x7fffu; }
+
+template <class T>
+float quantize(const void* from, int64_t n, int8_t* codes) {
+  constexpr float LARGEST = 127.0f, SMALLEST = 1e-30f;  // of the scale: what is divided by it stays finite
+  constexpr float TO_INTEGER = 12582912.0f;             // 1.5 * 2^23: the lowest bits of a sum with it, to nearest even
+  const T* row = static_cast<const T*>(from);
+  decltype(magnitude(T{})) largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) {
+    const auto here = magnitude(row[i]);
+    largest = here > largest ? here : largest;
+  }
+  const float size = from_bits(sizeof(T) == 2 ? uint32_t{largest} << 16 : uint32_t{largest});
+  if (!(size <= FLT_MAX)) {
+    __builtin_memset(codes, 0, static_cast<size_t>(n));
+    return __builtin_nanf("");
+  }
+  const float scale = size == 0.0f ? 1.0f : larger(SMALLEST, size / LARGEST), by = 1.0f / scale;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<int8_t>(to_bits(widen(row[i]) * by + TO_INTEGER));
+  return scale;
+}
+
 template <class T>
 void capped(const RowPass& p, int64_t row, const int32_t* columns, int64_t n, Capped* to) {
   const T* logits = row_of<T>(p, row);
@@ -244,7 +270,8 @@ void capped(const RowPass& p, int64_t row, const int32_t* columns, int64_t n, Ca
 
 template <class T>
 constexpr SampledKernels sampled_kernels_of() {
-  return {longest<T>, draw<T>, exps, dots<T>, sum_rows<T, T>, sum_rows<T, float>, store<T>, capped<T>};
+  return {longest<T>, draw<T>, exps, dots<T>, sum_rows<T, T>, sum_rows<T, float>, store<T>, quantize<T>,
+          capped<T>};
 }
 
 }  // namespace

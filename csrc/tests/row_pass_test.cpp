@@ -315,10 +315,18 @@ void check_add(const Variant& variant) {
     variant.bfloat16.add(total.data(), part16.data(), true, n);
     for (int64_t i = 0; i < n; ++i) expect(total[i] == from_bfloat16(part16[i]), std::string(variant.name) + ": first");
     variant.float32.scale(part.data(), 0.3f, total.data(), n);
+    std::vector<float> same(n);
+    std::vector<uint16_t> same16(n);
+    variant.float32.rescale(part.data(), 0.3f, same.data(), n);
+    variant.bfloat16.rescale(part16.data(), 0.3f, same16.data(), n);
+    const auto was = part16;
     variant.bfloat16.scale(part.data(), 0.3f, part16.data(), n);
     for (int64_t i = 0; i < n; ++i) {
       const float wanted = part[i] * 0.3f, miss = std::fabs(from_bfloat16(part16[i]) - wanted);
       expect(total[i] == wanted && miss <= wanted / 256, std::string(variant.name) + ": scale");  // to the nearest
+      const float wanted16 = from_bfloat16(was[i]) * 0.3f;
+      expect(same[i] == wanted && std::fabs(from_bfloat16(same16[i]) - wanted16) <= wanted16 / 256,
+             std::string(variant.name) + ": scale, of its own type");
     }
   }
 }

@@ -370,6 +370,38 @@ void check_rows(const Variant& variant) {
       }
 }
 
+// Rows in 8 bits: each code nearest to its element, the whole range used; zeros, the smallest and the largest numbers, and
+// what is not finite.
+void check_codes(const Variant& variant) {
+  std::mt19937 random(8);
+  std::normal_distribution<float> normal;
+  const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  for (const int64_t n : {1, 3, 15, 16, 17, 64, 100, 1000})
+    for (const float size : {1.0f, 0.0f, 1e-37f, 1e38f, inf, nan})
+      for (const bool wide : {true, false}) {
+        std::vector<float> row;
+        for (int64_t i = 0; i < n; ++i) row.push_back(from_bfloat16(to_bfloat16(0.2f * std::clamp(normal(random), -4.0f, 4.0f))));
+        for (float& x : row) x = from_bfloat16(to_bfloat16(std::isfinite(size) ? x * size : x));
+        if (!std::isfinite(size)) row[random() % n] = size;
+        const auto row16 = in_bfloat16(row);
+        std::vector<int8_t> codes(n + 1, -7);
+        const SampledKernels& s = variant.sampled(wide ? Type::float32 : Type::bfloat16);
+        const float scale = s.quantize(wide ? static_cast<const void*>(row.data()) : row16.data(), n, codes.data());
+        const std::string name = std::string(variant.name) + (wide ? " float32" : " bfloat16") + ", codes of " + std::to_string(size);
+        expect(codes[n] == -7, name + ": no further");
+        if (!std::isfinite(size)) {
+          expect(std::isnan(scale) && std::count(codes.begin(), codes.end(), 0) == n, name + ": zeros and a NaN");
+          continue;
+        }
+        int most = 0;
+        for (int64_t i = 0; i < n; ++i) {
+          most = std::max(most, std::abs(codes[i]));
+          expect(std::fabs(double{row[i]} - codes[i] * double{scale}) <= 0.5001 * scale, name + ": nearest");
+        }
+        expect(scale > 0 && (size < 1e-30f || most == 127), name + ": all of the range");
+      }
+}
+
 void check_flat(const Variant& variant) {
   Problem p(3000, 0.0f, 1);
   for (const int64_t start : {int64_t{0}, (int64_t{1} << 31) - 1})
@@ -436,6 +468,7 @@ int main() {
     check_quantised(variant);
     check_two_multiples(variant);
     check_rows(variant);
+    check_codes(variant);
     check_flat(variant);
     check_weight(variant);
     std::printf("%s: done\n", variant.name);

@@ -101,6 +101,51 @@ def test_vocabularies_around_vectors_and_blocks(v, dtype, variant, monkeypatch):
         assert_equal(arguments(problem(3, v, 6, min(v, 5), 2, seed=v, normalize=normalize), dtype))
 
 
+@given(
+    problems(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(VARIANTS),
+    st.integers(1, 3),
+    st.booleans(),
+)
+def test_picked_logits_are_those_of_float32_sums(p, dtype, variant, threads, apart):
+    a = arguments(p, dtype)
+    assume(len(a.hidden) > 0)
+    labels = row_terms(a).labels
+    if apart:  # rows that lie in a wider matrix
+        a = a._replace(weight=torch.cat([a.weight, a.weight], 1)[:, : a.weight.shape[1]])
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACT_FAST_CPU", variant)
+        torch.set_num_threads(threads)
+        try:
+            found = native.pick(a.hidden, labels, a)
+        finally:
+            torch.set_num_threads(before)
+    hidden, weight, at = a.hidden.double(), a.weight.double(), labels.clamp(min=0)[:, None]
+    z, size = hidden @ weight.t(), hidden.abs() @ weight.abs().t()
+    for ours, wanted, largest in (
+        (found.label, z.gather(1, at)[:, 0], size.gather(1, at)[:, 0]),
+        (found.scores, z[:, a.score_token_ids], size[:, a.score_token_ids]),
+    ):
+        assert ours.dtype == torch.float32 and ours.shape == wanted.shape
+        assert ((ours - wanted).abs() <= 1e-6 * largest + 1e-37).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("v", [900, 64])
+def test_what_memory_has_held_before_is_in_no_gradient(v, dtype):
+    """Kept memory is not cleared: beside the logits of a row it would be read by products of dZ (oneDNN#5717)."""
+    held = [native.scratch(torch.empty(0, dtype=dtype), 256, chunked.padded(v)).fill_(math.nan) for _ in range(3)]
+    del held
+    p = rounded(problem(n=256, v=v, d=64, k=5, b=12, spread=4.0), dtype)
+    _, grads = gradients(tensors(p, dtype), 1.3, "chunked")
+    assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
+    buffer = chunked.logits_buffer(torch.empty(0, dtype=dtype), 256, v)
+    beside = buffer.as_strided((256, buffer.stride(0) - v), buffer.stride(), v)
+    assert buffer.stride(0) % 64 == 0 and (beside == 0).all()
+
+
 def test_a_variant_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setenv("TRACT_FAST_CPU", "abacus")
     with pytest.raises(RuntimeError, match="no such variant"):
@@ -247,7 +292,10 @@ def step(n, budget):
     out = linear_tract_loss(hidden[:n], weight, labels, rows, torch.tensor([3.0]), ids, ids + 1.0,
                             implementation="chunked", memory_budget=budget)
     return torch.autograd.grad(out.loss, (hidden, weight))
-step(2, budget)  # libraries and threads are there
+step(2, budget)  # libraries and threads are there,
+for a, b in ((hidden, weight.t()), (torch.empty(n, v), weight), (torch.empty(n, v).t(), hidden)):
+    torch.mm(a.detach(), b.detach())  # and what they keep for products of this size: with MKL tens of MiB
+del a, b
 native.release()  # or a kept dW would count as there before
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()

@@ -34,7 +34,7 @@ from tract_fast import estimate, head, linear_tract_loss, train
 from tract_fast.data.scores import ScoreScale
 from tract_fast.errors import UserError
 from tract_fast.head import TractHead, choose_loss
-from tract_fast.loss import proposal, quantize_weight
+from tract_fast.loss import native, proposal, quantize_weight
 from tract_fast.prepare import prepare
 from tract_fast.recipe import Loss
 
@@ -91,12 +91,19 @@ def capped(z: torch.Tensor, p: dict) -> torch.Tensor:
     st.integers(1, 40),
     st.sampled_from([1e-25, 1.0, 1e30]),
     st.sampled_from(["int8", "fp8"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from(["C++", "PyTorch", "of every other column"]),
     st.data(),
 )
-def test_rows_are_rounded_to_the_nearest_code(n, width, size, kind, data):
+def test_rows_are_rounded_to_the_nearest_code(n, width, size, kind, dtype, how, data):
     rows = torch.tensor(np.random.default_rng(data.draw(st.integers(0, 99))).standard_normal((n, width)) * size)
-    rows = rows.float()
-    codes, scales = proposal.quantize_rows(rows, kind)
+    rows = rows.to(dtype)
+    if how == "of every other column":
+        rows = rows.repeat_interleave(2, 1)[:, ::2]
+    with pytest.MonkeyPatch.context() as patch:
+        if how == "PyTorch":
+            patch.setattr(native, "quantize", lambda *_: False)
+        codes, scales = proposal.quantize_rows(rows, kind)
     assert codes.shape == rows.shape and scales.shape == (n,)
     back = codes.double() * scales[:, None].double()
     error = (back - rows.double()).abs()
@@ -107,8 +114,11 @@ def test_rows_are_rounded_to_the_nearest_code(n, width, size, kind, data):
     assert (codes.float().abs().amax(1) == proposal.LARGEST[kind]).all()  # all of the range is used
 
 
+@pytest.mark.parametrize("how", ["C++", "PyTorch"])
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_rows_of_zeros_and_rows_that_are_not_finite(kind):
+def test_rows_of_zeros_and_rows_that_are_not_finite(kind, how, monkeypatch):
+    if how == "PyTorch":
+        monkeypatch.setattr(native, "quantize", lambda *_: False)
     rows = torch.tensor([[0.0, 0.0], [1.0, math.nan], [math.inf, 1.0], [1e-45, 0.0], [2.0, 1.0]])
     codes, scales = proposal.quantize_rows(rows, kind)
     assert scales.isnan().tolist() == [False, True, True, False, False]

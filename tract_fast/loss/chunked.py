@@ -22,7 +22,7 @@ from torch import Tensor
 from tract_fast.loss import native
 from tract_fast.loss.choice import runs_triton
 from tract_fast.loss.plan import ChunkPlan, plan_chunks, round_up
-from tract_fast.loss.rows import pick, row_pass
+from tract_fast.loss.rows import row_pass
 from tract_fast.loss.terms import OP_SCHEMA, Arguments, new_scalar, new_stats, row_terms, total_loss, used_rows
 
 ROW_ALIGNMENT = 64  # logits
@@ -42,13 +42,13 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
     plan, rows = chunks_of(a), row_pass_for(a.hidden.device)
     terms, stats = row_terms(a), new_stats(a)
     dx, dw, db = _new_gradients(a, plan.defer, native.scratch)
-    logits = native.scratch(a.hidden, plan.rows, padded(n_vocab))[:, :n_vocab]
+    logits = logits_buffer(a.hidden, plan.rows, n_vocab)
     with torch.autocast(a.hidden.device.type, enabled=False):
         for start in range(0, n, plan.rows):
             stop = min(start + plan.rows, n)
             x, part, chunk = a.hidden[start:stop], terms.rows(start, stop), logits[: stop - start]
             torch.mm(x, a.weight.t(), out=chunk)
-            picked = pick(x, part.labels, a)
+            picked = native.pick(x, part.labels, a)
             rows(chunk, picked, part, stats.rows(start, stop), a, gradient=a.need_dx or a.need_dw or a.need_db)
             if a.need_dx:
                 torch.mm(chunk, a.weight, out=dx[start:stop])
@@ -74,6 +74,17 @@ def empty_results(*args, device_type: str | None = None) -> tuple[Tensor, ...]:
 def padded(n_vocab: int) -> int:
     """Columns of the buffer: rows start at multiples of 128 bytes, so that GEMMs and kernels load whole vectors."""
     return round_up(n_vocab, ROW_ALIGNMENT)
+
+
+def logits_buffer(like: Tensor, rows: int, n_vocab: int) -> Tensor:
+    """(rows, n_vocab) of the dtype and device of ``like``, undefined, in rows of ``padded`` columns.
+
+    On a CPU those further on are zeros: with AMX, oneDNN up to 3.14 reads them in products with dZ where ``n_vocab`` is
+    no multiple of 32, times 0, and a NaN that memory has held before would be in every row of dX (oneDNN#5717)."""
+    whole = native.scratch(like, rows, padded(n_vocab))
+    if whole.device.type == "cpu":
+        whole[:, n_vocab:] = 0
+    return whole[:, :n_vocab]
 
 
 def _new_gradients(a: Arguments, defer: bool, new: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -45,7 +45,7 @@ def _chunked(args: tuple, device_type: str) -> int:
     (n, width), n_vocab, size = a.hidden.shape, a.weight.shape[0], a.hidden.element_size()
     plan = chunks_of(a, device_type)
     logits = 0 if plan.defer else plan.rows * padded(n_vocab) * size
-    parts = [_pick(min(plan.rows, n), width, size, device_type), _rows(a, plan.rows, device_type)]
+    parts = [_pick(min(plan.rows, n), a, device_type), _rows(a, plan.rows, device_type)]
     if a.need_dw and not plan.defer:
         summand = min(SUMMAND, n_vocab * width) * size if device_type == "cpu" and size < 4 else 0
         parts.append(plan.rows * width * size + summand)
@@ -54,24 +54,30 @@ def _chunked(args: tuple, device_type: str) -> int:
 
 def _sampled(args: tuple, device_type: str) -> int:
     a, codes = Arguments(*args[:-N_OWN]), args[-2]
-    (n, width), n_vocab, size = a.hidden.shape, a.weight.shape[0], a.hidden.element_size()
+    n, n_vocab, size = a.hidden.shape[0], a.weight.shape[0], a.hidden.element_size()
     rows = min(rows_at_once(a, device_type), n)
     packed = codes.numel() if codes is not None and codes.dtype == torch.int8 else 0  # as oneDNN has them
     return (
         rows * padded(n_vocab) * size
         + packed
-        + max(_pick(rows, width, size, device_type), _rows(a, rows, device_type))
+        + max(_pick(rows, a, device_type), _rows(a, rows, device_type))
         + VECTORS * n
     )
 
 
 def _quantize_rows(args: tuple, device_type: str) -> int:
-    rows, _ = args
+    rows, kind = args
+    if kind == "int8" and device_type == "cpu" and native.runs(rows.dtype):
+        return 0
     return 12 * min(rows.numel(), proposal.BLOCK_CUDA if device_type == "cuda" else proposal.BLOCK)
 
 
-def _pick(rows: int, width: int, size: int, device_type: str) -> int:
-    """``rows.pick``: rows of W and their product with hidden states, both in float32, and what is converted to it."""
+def _pick(rows: int, a: Arguments, device_type: str) -> int:
+    """``rows.pick``: rows of W and their product with hidden states, both in float32, and what is converted to it; in
+    C++ nothing."""
+    if device_type == "cpu" and native.runs(a.hidden.dtype):
+        return 0
+    width, size = a.hidden.shape[1], a.hidden.element_size()
     block = min(rows * width, PICK_BLOCK_CUDA if device_type == "cuda" else BLOCK)
     return block * (8 if size == 4 else 12 + size)
 
@@ -86,14 +92,14 @@ def _chunked_backward(args: tuple, device_type: str) -> int:
     _, hidden, labels, _, _, dx, dw, _, dz, dtype = args
     copies = 2 * hidden.numel() * hidden.element_size()  # of the rows, read and scaled: only where dW waited
     largest = max(hidden.numel() if dz.shape[0] else 0, dx.numel(), dw.numel())
-    native_pass = device_type == "cpu" and dx.dtype == torch.float32 and native.runs(dtype)
+    native_pass = device_type == "cpu" and native.runs(dtype)
     return copies + (0 if native_pass else 8 * min(largest, SCALE_BLOCK)) + VECTORS * len(labels)
 
 
 def _sampled_backward(args: tuple, device_type: str) -> int:
     _, hidden, _, dx, columns, *_ = args
     lists = 8 * columns.numel() if device_type == "cuda" else 0  # sorted by column
-    native_pass = device_type == "cpu" and dx.dtype == torch.float32
+    native_pass = device_type == "cpu" and native.runs(dx.dtype)
     return lists + (0 if native_pass else 8 * min(dx.numel(), SCALE_BLOCK)) + VECTORS * len(hidden)
 
 

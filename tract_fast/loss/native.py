@@ -20,7 +20,7 @@ from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 REFUSED = "must be portable, or avx2, avx512 or avx512bf16 where this processor has them; unset it for the best"
-ABI = 5  # of the operators in csrc/ops.cpp
+ABI = 6  # of the operators in csrc/ops.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 OF_THE_CPU = ("rms_norm", "rms_norm_backward", "gated", "gated_backward")  # they write into what they are given
 
@@ -76,6 +76,30 @@ def warn(reason: str) -> None:
     warnings.warn(f"tract_fast computes the loss in PyTorch, with the same results but slower: {reason}", stacklevel=2)
 
 
+def takes(matrix: Tensor) -> bool:
+    """Whether kernels read a matrix where it lies: on the CPU, the elements of a row side by side."""
+    apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return apart and matrix.device.type == "cpu" and runs(matrix.dtype)
+
+
+def pick(hidden: Tensor, labels: Tensor, a: Arguments) -> Picked:
+    """``rows.pick`` with the same arguments and results, in C++ for CPU tensors where it was built."""
+    if not (takes(hidden) and takes(a.weight)):
+        return rows.pick(hidden, labels, a)
+    empty, ids = hidden.new_empty, a.score_token_ids
+    picked = Picked(empty(len(hidden), dtype=torch.float32), empty(len(hidden), len(ids), dtype=torch.float32))
+    torch.ops.tract_fast.pick(hidden, a.weight, labels, ids, *picked)
+    return picked
+
+
+def quantize(matrix: Tensor, codes: Tensor, scales: Tensor) -> bool:
+    """Write the rows of ``matrix`` in 8 bits, in C++; False where it does not run, and nothing is done."""
+    if codes.dtype != torch.int8 or not takes(matrix):
+        return False
+    torch.ops.tract_fast.quantize(matrix, codes, scales)
+    return True
+
+
 def row_pass(logits: Tensor, picked: Picked, terms: RowTerms, stats: RowStats, a: Arguments, *, gradient: bool) -> None:
     """``rows.row_pass`` with the same arguments and results, in C++ where it was built."""
     if not runs(logits.dtype):
@@ -120,8 +144,9 @@ def add(total: Tensor, part: Tensor, *, first: bool) -> None:
 
 
 def scaled(total: Tensor, scale: Tensor, out: Tensor) -> bool:
-    """``out = total * scale`` in one pass, of float32; False where it does not run, and nothing is done."""
-    if total.device.type != "cpu" or total.dtype != torch.float32 or not runs(out.dtype):
+    """``out = total * scale`` in one pass, of float32 or of ``out``'s dtype; False where it does not run."""
+    known = total.dtype in (torch.float32, out.dtype) and total.is_contiguous()
+    if total.device.type != "cpu" or not known or not runs(out.dtype):
         return False
     torch.ops.tract_fast.scale(total, scale, out)
     return True

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tract_fast.loss import native
+
 KINDS = ("int8", "fp8")
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -107,6 +109,8 @@ def quantize_rows(rows: Tensor, kind: str) -> Quantized:
     n, width = rows.shape
     codes = torch.empty(n, width, dtype=CODES[kind], device=rows.device)
     scales = torch.empty(n, dtype=torch.float32, device=rows.device)
+    if native.quantize(rows, codes, scales):
+        return codes, scales
     step = max(1, (BLOCK_CUDA if rows.is_cuda else BLOCK) // max(1, width))
     for i in range(0, n, step):
         exact = rows[i : i + step].float()

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from tract_fast.loss import native, proposal
 from tract_fast.loss.choice import runs_triton
-from tract_fast.loss.chunked import input_gradients, padded, read, scaled
+from tract_fast.loss.chunked import input_gradients, logits_buffer, read, scaled
 from tract_fast.loss.plan import plan_chunks
-from tract_fast.loss.rows import Picked, finish, pick, transform, transform_picked
+from tract_fast.loss.rows import Picked, finish, transform, transform_picked
 from tract_fast.loss.terms import (
     OP_SCHEMA,
     Arguments,
@@ -88,7 +88,7 @@ def sampled_loss(*args) -> tuple[Tensor, ...]:
     spread, norm = (a.hidden.new_zeros(n, dtype=torch.float32) for _ in range(2))
     weights = a.hidden.new_zeros(0 if quantized is None else n, 4, dtype=torch.float32)
     begins, reference = starts(seed, n, a.hidden.device), reference_of(terms)
-    logits = None if quantized else native.scratch(a.hidden, min(step, n), padded(n_vocab))[:, :n_vocab]
+    logits = None if quantized else logits_buffer(a.hidden, min(step, n), n_vocab)
     make, _ = kernels_for(a.hidden)
     with torch.autocast(a.hidden.device.type, enabled=False):
         for i in range(0, n, step):
@@ -98,7 +98,7 @@ def sampled_loss(*args) -> tuple[Tensor, ...]:
                 chunk, factor = proposal.logits_of(x, quantized, n_vocab)
             else:
                 chunk = torch.mm(x, a.weight.t(), out=logits[: j - i])
-            picked = pick(x, part.labels, a)
+            picked = native.pick(x, part.labels, a)
             out = (lists.rows(i, j), dx[i:j], spread[i:j], norm[i:j], factor, weights[i:j])
             make(chunk, picked, part, stats.rows(i, j), a, x, begins[i:j], reference, eps, *out)
             chunk = None  # or two proposals would be there at once
