@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tract_fast import doctor, linear_tract_loss, model, perf, recipe as recipes
+from tract_fast import doctor, host, linear_tract_loss, model, perf, recipe as recipes
 from tract_fast.data import batch as batches
+from tract_fast.loss.chunked import logits_buffer
 from tract_fast.model import hidden_states
 from tract_fast.prepare import prepare
 
@@ -151,7 +152,7 @@ def cross_entropy_alone(p: Problem) -> Problem:
 
 def measure_times(p: Problem, rounds: int) -> list[dict[str, Any]]:
     x, w = p["hidden"].detach(), p["weight"].detach()
-    logits = x.new_empty(len(x), len(w))
+    logits = logits_buffer(x, len(x), len(w))  # memory like that of the loss
     runs: dict[tuple[str, float | None, bool], Callable[[], Any]] = {
         ("one GEMM", None, False): lambda: torch.mm(x, w.t(), out=logits)
     }
@@ -234,6 +235,7 @@ def main() -> None:
     args, settings = parser.parse_known_args()
     slow = perf.slow_bfloat16(torch.device("cpu"))
     dtype = getattr(torch, args.dtype or ("float32" if slow else "bfloat16"))
+    print("host memory:", host.keep_freed_memory(torch.device("cpu")))  # as in training
     p = real_problem(recipes.load(args.recipe, settings), args.rows, dtype)
     about = {"device": doctor.describe_device(torch.device("cpu")), **doctor.versions(()), "dtype": str(dtype)}
     shape = {"rows": len(p["hidden"]), "vocab": len(p["weight"]), "width": p["hidden"].shape[1]}

@@ -133,6 +133,15 @@ def _(rows: Tensor, kind: str) -> Quantized:
 _packed = WeakIdKeyDictionary()  # codes of W -> the same as oneDNN wants them, for as long as the codes live
 
 
+def packed(weight: QuantizedWeight, rows: int) -> Tensor:
+    """The int8 codes of W as oneDNN wants them for products with so many rows; made once."""
+    found = _packed.get(weight.codes)
+    if found is None:
+        shape = [rows, weight.codes.shape[1]]
+        found = _packed[weight.codes] = torch.ops.onednn.qlinear_prepack(weight.codes, shape)
+    return found
+
+
 def logits_of(rows: Tensor, weight: QuantizedWeight, n_vocab: int) -> tuple[Tensor, Tensor | None]:
     """(raw logits (n, V) of 8-bit products, what each row is still to be multiplied with or None) of hidden states
     (n, D), whose dtype the logits have."""
@@ -151,13 +160,12 @@ def _by_onednn(codes: Tensor, weight: QuantizedWeight, dtype: torch.dtype) -> Te
     """(n, V) of ``dtype``: codes times W. Of the products in PyTorch this is the one that writes 16 bits instead of 32.
     It takes one scale for all hidden states, so that theirs are left to whoever reads the logits. Those go in without a
     sign, from 0 to 255, as VNNI multiplies them: with signed ones oneDNN 3.12 takes its reference loop."""
-    packed = _packed.get(weight.codes)
-    if packed is None:
-        packed = _packed[weight.codes] = torch.ops.onednn.qlinear_prepack(weight.codes, list(codes.shape))
     zeros = torch.zeros(len(weight.codes), dtype=torch.int32)
     result = (1.0, 0, dtype, "none", [], "")
     unsigned = codes.view(torch.uint8) ^ 128  # code + 128
-    return torch.ops.onednn.qlinear_pointwise(unsigned, 1.0, 128, packed, weight.scales, zeros, None, *result)
+    return torch.ops.onednn.qlinear_pointwise(
+        unsigned, 1.0, 128, packed(weight, len(codes)), weight.scales, zeros, None, *result
+    )
 
 
 def corrected(
