@@ -7,6 +7,7 @@ choice is made by the function that training calls.
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,7 @@ from tract_fast.shard import local_device
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "datasets", "flash-attn", "liger-kernel")
 DTYPES = tuple(selftest.TOLERANCE)
+PRODUCTS = {"bfloat16": "avx512_bf16", "VNNI": "avx512_vnni", "AMX": "amx_bf16"}  # what a CPU multiplies with
 
 
 class Head(NamedTuple):
@@ -58,7 +60,11 @@ def describe_device(device: torch.device) -> str:
         p = torch.cuda.get_device_properties(device)
         count = torch.cuda.device_count()
         return f"{count} x {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    there, limit = torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA")
+    more = [name for name, said in PRODUCTS.items() if there.get(said, False)]
+    kinds = torch.backends.cpu.get_cpu_capability() + (f" ({', '.join(more)})" if more else "")
+    held = f", products no further than {limit} (ONEDNN_MAX_CPU_ISA)" if limit else ""
+    return f"CPU, {kinds}, {torch.get_num_threads()} threads{held}"
 
 
 def describe_row_pass(device: torch.device) -> str:
