@@ -175,6 +175,23 @@ def test_a_variant_that_is_not_there_is_one_sentence(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: TRACT_FAST_CPU = abacus: must be portable, or avx2")
 
 
+@pytest.mark.parametrize("held", [None, "AVX512_CORE_BF16"])
+@pytest.mark.parametrize("amx", [False, True])
+def test_says_what_a_cpu_multiplies_with(monkeypatch, amx, held):
+    """With AMX the products of bfloat16 are as fast as those of 8 bits, unless oneDNN is held to less."""
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if held:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
+    there = {"avx512_bf16": True, "avx512_vnni": True, "amx_bf16": amx}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there)
+    monkeypatch.setattr(doctor.proposal, "VNNI", True)
+    device = torch.device("cpu")
+    said = doctor.describe_device(device)
+    assert ("(bfloat16, VNNI, AMX)" if amx else "(bfloat16, VNNI)") in said
+    assert ("AVX512_CORE_BF16 (ONEDNN_MAX_CPU_ISA)" in said) == bool(held)
+    assert ("no faster than none" in doctor.describe_proposal("int8", device)) == (amx and not held)
+
+
 def test_environment_shows_no_secrets(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -60,11 +60,16 @@ def describe_device(device: torch.device) -> str:
         p = torch.cuda.get_device_properties(device)
         count = torch.cuda.device_count()
         return f"{count} x {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    there, limit = torch.cpu.get_capabilities(), os.environ.get("ONEDNN_MAX_CPU_ISA")
+    there = torch.cpu.get_capabilities()
     more = [name for name, said in PRODUCTS.items() if there.get(said, False)]
     kinds = torch.backends.cpu.get_cpu_capability() + (f" ({', '.join(more)})" if more else "")
-    held = f", products no further than {limit} (ONEDNN_MAX_CPU_ISA)" if limit else ""
+    held = f", products no further than {held_back()} (ONEDNN_MAX_CPU_ISA)" if held_back() else ""
     return f"CPU, {kinds}, {torch.get_num_threads()} threads{held}"
+
+
+def held_back() -> str | None:
+    """The instructions that oneDNN's products are held to by the user."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA")
 
 
 def describe_row_pass(device: torch.device) -> str:
@@ -102,7 +107,10 @@ def choices(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
 def describe_proposal(kind: str, device: torch.device) -> str:
     """Whether ``loss.proposal`` can be of this kind, for a bfloat16 model of a usual width."""
     reason = proposal.refusal(kind, device, torch.bfloat16, Head().hidden_size)
-    return reason.partition(": must be")[0] if reason else "can run"
+    if reason:
+        return reason.partition(": must be")[0]
+    amx = kind == "int8" and torch.cpu.get_capabilities().get(PRODUCTS["AMX"], False) and not held_back()
+    return "can run; no faster than none for a bfloat16 model here, whose products AMX makes, too" if amx else "can run"
 
 
 def describe_lean(device: torch.device) -> str:
