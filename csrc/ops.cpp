@@ -1,5 +1,6 @@
-// The loss's kernels as PyTorch operators, in the namespace tract_fast (those of layers: ops_lean.cpp). Through PyTorch's stable ABI, which has all that is
-// needed (tensors' pointers and its thread pool), so that one build can serve torch from 2.11 on.
+// The loss's kernels as PyTorch operators, in the namespace tract_fast (those of layers: ops_lean.cpp). Through PyTorch's
+// stable ABI, which has all that is needed (tensors' pointers and its thread pool), so that one build can serve torch
+// from 2.11 on.
 
 #include "ops.h"
 
@@ -244,8 +245,8 @@ void add_op(const Tensor total, const Tensor part, bool first) {
 
 // out = total * by, rounded once; total is float32 or of out's type.
 void scale_op(const Tensor total, const Tensor by, const Tensor out) {
-  const bool own = total.scalar_type() == out.scalar_type();
-  check(total, "total", own ? out.scalar_type() : torch::headeronly::ScalarType::Float, out.numel());
+  const bool wide = total.scalar_type() == torch::headeronly::ScalarType::Float;
+  check(total, "total", wide ? total.scalar_type() : out.scalar_type(), out.numel());
   check(by, "by", torch::headeronly::ScalarType::Float, 1);
   check(out, "out", out.scalar_type(), total.numel());
   const Kernels& kernels = chosen().of(type_of(out));
@@ -253,10 +254,10 @@ void scale_op(const Tensor total, const Tensor by, const Tensor out) {
   over_elements(total.numel(), [&](int64_t begin, int64_t end) {
     char* to = static_cast<char*>(out.data_ptr()) + begin * out.element_size();
     const char* from = static_cast<const char*>(total.data_ptr()) + begin * total.element_size();
-    if (own)
-      kernels.rescale(from, factor, to, end - begin);
-    else
+    if (wide)
       kernels.scale(reinterpret_cast<const float*>(from), factor, to, end - begin);
+    else
+      kernels.rescale(from, factor, to, end - begin);
   });
 }
 

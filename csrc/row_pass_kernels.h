@@ -154,7 +154,7 @@ void take_out(const RowPass& p, int64_t row) {
   for (int64_t k = 0; k < p.n_tokens; ++k) logits[p.ids[k]] = nothing;
 }
 
-constexpr int64_t AHEAD = 4096;  // bytes: a page, where what processors ask for ahead by themselves ends
+constexpr uintptr_t AHEAD = 4096;  // bytes: a page, where what processors ask for ahead by themselves ends
 
 // `body` of n elements, PAIR at a time, those that are missing at the end as NOTHING. Those further on are asked for: logits
 // that a product has just written are most often not in the caches of the core that reads them.
@@ -162,8 +162,9 @@ template <class T, class Body>
 inline void over_pairs(const T* raw, int64_t n, const Body& body) {
   int64_t i = 0;
   for (; i + PAIR <= n; i += PAIR) {
-    const char* ahead = reinterpret_cast<const char*>(raw + i) + AHEAD;
-    for (int64_t byte = 0; byte < PAIR * static_cast<int64_t>(sizeof(T)); byte += 64) __builtin_prefetch(ahead + byte);
+    const auto ahead = reinterpret_cast<uintptr_t>(raw + i) + AHEAD;  // may lie behind the last row: it is not read
+    for (uintptr_t byte = 0; byte < PAIR * sizeof(T); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(ahead + byte));
     body(load_pair(raw + i));
   }
   if (i == n) return;

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 
 namespace tract_fast {
 namespace {
@@ -66,7 +67,7 @@ struct Together {
   std::vector<float> dx;         // (rows, width): of each row the sum of exp(z - base) slope ratio times W's, by add_rows
   std::vector<uint64_t> listed;  // a bit a column,
   std::vector<int32_t> columns;  // and those that are set
-  std::vector<float> squares;    // (n_vocab): the squared norm of W's row, where it is listed
+  std::unique_ptr<float[]> squares;  // (n_vocab): the squared norm of W's row, where it is listed
   std::vector<float> values;     // of a row in a tile
 
   float* dx_of(int64_t i, const Operands& o) { return o.dx == nullptr ? nullptr : dx.data() + i * o.width; }
@@ -283,7 +284,7 @@ void sampled_rows(const RowPass& p, const Lists& lists, const Operands& o, const
   const int64_t step = std::clamp<int64_t>(MOST_BYTES / (o.width * (size_of(type) + 4) + 1), 1, MOST_ROWS);
   Together together;
   together.rows.resize(std::min(step, end - begin));
-  together.squares.resize(o.dx == nullptr ? 0 : p.n_vocab);
+  if (o.dx != nullptr) together.squares.reset(new float[p.n_vocab]);  // undefined: most of it is never touched
   for (int64_t first = begin, n; first < end; first += n) {
     int64_t entries = 0;
     for (n = 0; n < step && first + n < end && entries <= MOST_ENTRIES; ++n) {

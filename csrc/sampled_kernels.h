@@ -164,7 +164,12 @@ void dots(const void* one, const Rows& rows, float* to) {
     const T* const w[] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
     dots_of<T, 4>(x, w, rows.width, to + i);
   }
-  for (; i < rows.count; ++i) {
+  if (i + 2 <= rows.count) {
+    const T* const w[] = {row(i), row(i + 1)};
+    dots_of<T, 2>(x, w, rows.width, to + i);
+    i += 2;
+  }
+  if (i < rows.count) {
     const T* const w[] = {row(i)};
     dots_of<T, 1>(x, w, rows.width, to + i);
   }
@@ -234,7 +239,6 @@ inline uint16_t magnitude(bfloat16 x) { return x & 0x7fffu; }
 template <class T>
 float quantize(const void* from, int64_t n, int8_t* codes) {
   constexpr float LARGEST = 127.0f, SMALLEST = 1e-30f;  // of the scale: what is divided by it stays finite
-  constexpr float TO_INTEGER = 12582912.0f;             // 1.5 * 2^23: the lowest bits of a sum with it, to nearest even
   const T* row = static_cast<const T*>(from);
   decltype(magnitude(T{})) largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -249,7 +253,7 @@ float quantize(const void* from, int64_t n, int8_t* codes) {
   }
   const float scale = size == 0.0f ? 1.0f : larger(SMALLEST, size / LARGEST), by = 1.0f / scale;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<int8_t>(to_bits(widen(row[i]) * by + TO_INTEGER));
+  for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<int8_t>(__builtin_irintf(widen(row[i]) * by));  // ties to even
   return scale;
 }
 

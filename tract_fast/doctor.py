@@ -68,8 +68,9 @@ def describe_device(device: torch.device) -> str:
 
 
 def held_back() -> str | None:
-    """The instructions that oneDNN's products are held to by the user."""
-    return os.environ.get("ONEDNN_MAX_CPU_ISA")
+    """The instructions below AMX that oneDNN's products are held to by the user."""
+    name = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    return None if "AMX" in name.upper() or name.upper() in ("ALL", "DEFAULT") else name
 
 
 def describe_row_pass(device: torch.device) -> str:

@@ -133,17 +133,41 @@ def test_picked_logits_are_those_of_float32_sums(p, dtype, variant, threads, apa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("v", [900, 64])
-def test_what_memory_has_held_before_is_in_no_gradient(v, dtype):
-    """Kept memory is not cleared: beside the logits of a row it would be read by products of dZ (oneDNN#5717)."""
-    held = [native.scratch(torch.empty(0, dtype=dtype), 256, chunked.padded(v)).fill_(math.nan) for _ in range(3)]
+def test_what_memory_has_held_before_is_in_no_gradient(dtype):
+    """Kept memory is not cleared: behind the logits of a row it would be read by products of dZ (oneDNN#5717)."""
+    v, like = 900, torch.empty(0, dtype=dtype)
+    held = [native.scratch(like, 256, chunked.padded(v)).fill_(math.nan) for _ in range(3)]
     del held
     p = rounded(problem(n=256, v=v, d=64, k=5, b=12, spread=4.0), dtype)
     _, grads = gradients(tensors(p, dtype), 1.3, "chunked")
     assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
-    buffer = chunked.logits_buffer(torch.empty(0, dtype=dtype), 256, v)
-    beside = buffer.as_strided((256, buffer.stride(0) - v), buffer.stride(), v)
-    assert buffer.stride(0) % 64 == 0 and (beside == 0).all()
+    buffer = chunked.logits_buffer(like, 256, v)
+    behind = buffer.as_strided((256, buffer.stride(0) - v), buffer.stride(), v)
+    assert buffer.stride(0) % 64 == 0 and (behind == 0).all()
+
+
+@pytest.mark.parametrize("where", ["of the next row", "in a wider matrix"])
+@pytest.mark.parametrize("options", [{}, {"gradient": "sampled", "eps": 2.0**-4, "seed": 3}], ids=["exact", "sampled"])
+@pytest.mark.parametrize("d", [36, 80, 100, 1000])
+def test_what_lies_behind_a_row_of_hidden_states_is_in_none_of_its_results(d, options, where):
+    """Unused rows may hold anything, and so may what a slice leaves out (oneDNN#5717)."""
+    p = rounded(problem(n=64, v=1000, d=d, k=5, b=0, ignored=0.0, weights=False), torch.bfloat16)
+    args = tensors(p, torch.bfloat16)
+    args["labels"][32] = -100
+    found = []
+    for value in (0.0, math.nan, math.inf):
+        hidden = args["hidden"].detach().clone()
+        if where == "of the next row":
+            hidden[32] = value
+        else:
+            hidden = torch.nn.functional.pad(hidden, (0, 24), value=value)[:, :d]
+        hidden.requires_grad_()
+        out = linear_tract_loss(**args | {"hidden": hidden}, implementation="chunked", **options)
+        found.append([out.loss, *torch.autograd.grad(out.loss, [hidden, args["weight"]])])
+    for others in found[1:]:
+        for wanted, got in zip(found[0], others, strict=True):
+            assert got.isfinite().all()
+            torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2 * wanted.abs().max().item())
 
 
 def test_a_variant_that_is_not_there_is_refused(monkeypatch):

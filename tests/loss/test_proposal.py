@@ -104,6 +104,9 @@ def test_rows_are_rounded_to_the_nearest_code(n, width, size, kind, dtype, how, 
         if how == "PyTorch":
             patch.setattr(native, "quantize", lambda *_: False)
         codes, scales = proposal.quantize_rows(rows, kind)
+        patch.setattr(native, "quantize", lambda *_: False)
+        for plainly, ours in zip(proposal.quantize_rows(rows, kind), (codes, scales), strict=True):
+            assert torch.equal(ours.float(), plainly.float())  # what is drawn is the same on every processor
     assert codes.shape == rows.shape and scales.shape == (n,)
     back = codes.double() * scales[:, None].double()
     error = (back - rows.double()).abs()
@@ -125,6 +128,13 @@ def test_rows_of_zeros_and_rows_that_are_not_finite(kind, how, monkeypatch):
     assert (scales[~scales.isnan()] > 0).all()
     assert codes.float()[:4].abs().max() <= 1
     assert (codes.float()[4] * scales[4]).tolist() == pytest.approx([2.0, 1.0], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_traced_codes_lie_as_real_ones_do(kind):
+    """Also of a W that is transposed: a compiler believes the strides that it was told."""
+    for rows in (torch.randn(6, 16), torch.randn(16, 6).t()):
+        torch.library.opcheck(proposal.quantize_rows, (rows, kind), test_utils="test_faketensor")
 
 
 def test_logits_are_the_product_of_the_codes(kind):

@@ -27,6 +27,7 @@ from tract_fast.loss.terms import OP_SCHEMA, Arguments, new_scalar, new_stats, r
 
 ROW_ALIGNMENT = 64  # logits
 SCALE_BLOCK = 2**24  # elements that are converted to float32 at a time
+AMX_COLUMNS = 32  # of 16 bits, that a product takes at a time
 SUMMAND = 2**22  # elements of dW that are added at a time
 
 
@@ -47,7 +48,7 @@ def chunked_loss(*args) -> tuple[Tensor, ...]:
         for start in range(0, n, plan.rows):
             stop = min(start + plan.rows, n)
             x, part, chunk = a.hidden[start:stop], terms.rows(start, stop), logits[: stop - start]
-            torch.mm(x, a.weight.t(), out=chunk)
+            torch.mm(beside_zeros(x), a.weight.t(), out=chunk)
             picked = native.pick(x, part.labels, a)
             rows(chunk, picked, part, stats.rows(start, stop), a, gradient=a.need_dx or a.need_dw or a.need_db)
             if a.need_dx:
@@ -76,11 +77,20 @@ def padded(n_vocab: int) -> int:
     return round_up(n_vocab, ROW_ALIGNMENT)
 
 
-def logits_buffer(like: Tensor, rows: int, n_vocab: int) -> Tensor:
-    """(rows, n_vocab) of the dtype and device of ``like``, undefined, in rows of ``padded`` columns.
+def beside_zeros(matrix: Tensor) -> Tensor:
+    """``matrix`` (n, K), with zeros behind each row up to a multiple of 32 columns on a CPU, in 16 bits.
 
-    On a CPU those further on are zeros: with AMX, oneDNN up to 3.14 reads them in products with dZ where ``n_vocab`` is
-    no multiple of 32, times 0, and a NaN that memory has held before would be in every row of dX (oneDNN#5717)."""
+    With AMX, oneDNN up to 3.14 reads a left operand's rows as far as that and multiplies what is there with 0: a NaN
+    of the next row, or one that memory has held before, would be in this row's products (oneDNN#5717)."""
+    width = matrix.shape[1]
+    if matrix.device.type != "cpu" or matrix.element_size() != 2 or width % AMX_COLUMNS == 0:
+        return matrix
+    return torch.nn.functional.pad(matrix, (0, -width % AMX_COLUMNS))[:, :width]
+
+
+def logits_buffer(like: Tensor, rows: int, n_vocab: int) -> Tensor:
+    """(rows, n_vocab) of the dtype and device of ``like``, undefined, in rows of ``padded`` columns; on a CPU zeros are
+    behind each row, as with ``beside_zeros``, for the product of dZ and W."""
     whole = native.scratch(like, rows, padded(n_vocab))
     if whole.device.type == "cpu":
         whole[:, n_vocab:] = 0

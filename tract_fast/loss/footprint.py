@@ -61,13 +61,14 @@ def _sampled(args: tuple, device_type: str) -> int:
         rows * padded(n_vocab) * size
         + packed
         + max(_pick(rows, a, device_type), _rows(a, rows, device_type))
+        + (4 * n_vocab * torch.get_num_threads() if device_type == "cpu" else 0)  # norms of W's rows
         + VECTORS * n
     )
 
 
 def _quantize_rows(args: tuple, device_type: str) -> int:
     rows, kind = args
-    if kind == "int8" and device_type == "cpu" and native.runs(rows.dtype):
+    if kind == "int8" and native.takes(rows, device_type):
         return 0
     return 12 * min(rows.numel(), proposal.BLOCK_CUDA if device_type == "cuda" else proposal.BLOCK)
 
@@ -75,7 +76,7 @@ def _quantize_rows(args: tuple, device_type: str) -> int:
 def _pick(rows: int, a: Arguments, device_type: str) -> int:
     """``rows.pick``: rows of W and their product with hidden states, both in float32, and what is converted to it; in
     C++ nothing."""
-    if device_type == "cpu" and native.runs(a.hidden.dtype):
+    if native.takes(a.hidden, device_type) and native.takes(a.weight, device_type):
         return 0
     width, size = a.hidden.shape[1], a.hidden.element_size()
     block = min(rows * width, PICK_BLOCK_CUDA if device_type == "cuda" else BLOCK)

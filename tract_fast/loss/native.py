@@ -20,7 +20,7 @@ from tract_fast.loss.terms import Arguments, RowStats, RowTerms
 
 LIBRARY = Path(__file__).parents[1] / "_native.so"
 REFUSED = "must be portable, or avx2, avx512 or avx512bf16 where this processor has them; unset it for the best"
-ABI = 6  # of the operators in csrc/ops.cpp
+ABI = 6  # of the operators in csrc/ops.cpp and csrc/ops_lean.cpp
 DTYPES = (torch.float32, torch.bfloat16)
 OF_THE_CPU = ("rms_norm", "rms_norm_backward", "gated", "gated_backward")  # they write into what they are given
 
@@ -76,10 +76,11 @@ def warn(reason: str) -> None:
     warnings.warn(f"tract_fast computes the loss in PyTorch, with the same results but slower: {reason}", stacklevel=2)
 
 
-def takes(matrix: Tensor) -> bool:
-    """Whether kernels read a matrix where it lies: on the CPU, the elements of a row side by side."""
+def takes(matrix: Tensor, device_type: str | None = None) -> bool:
+    """Whether kernels read a matrix where it lies: on the CPU, the elements of a row side by side. ``device_type``:
+    where it will be, None: where it is."""
     apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
-    return apart and matrix.device.type == "cpu" and runs(matrix.dtype)
+    return apart and (device_type or matrix.device.type) == "cpu" and runs(matrix.dtype)
 
 
 def pick(hidden: Tensor, labels: Tensor, a: Arguments) -> Picked:

@@ -127,14 +127,14 @@ def quantize_rows(rows: Tensor, kind: str) -> Quantized:
 
 @quantize_rows.register_fake
 def _(rows: Tensor, kind: str) -> Quantized:
-    return torch.empty_like(rows, dtype=CODES[kind]), rows.new_empty(rows.shape[0], dtype=torch.float32)
+    return rows.new_empty(rows.shape, dtype=CODES[kind]), rows.new_empty(rows.shape[0], dtype=torch.float32)
 
 
 _packed = WeakIdKeyDictionary()  # codes of W -> the same as oneDNN wants them, for as long as the codes live
 
 
 def packed(weight: QuantizedWeight, rows: int) -> Tensor:
-    """The int8 codes of W as oneDNN wants them for products with so many rows; made once."""
+    """The int8 codes of W as oneDNN wants them, made once: for products with ``rows``, at the first call."""
     found = _packed.get(weight.codes)
     if found is None:
         shape = [rows, weight.codes.shape[1]]

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from tract_fast.loss import native, proposal
 from tract_fast.loss.choice import runs_triton
-from tract_fast.loss.chunked import input_gradients, logits_buffer, read, scaled
+from tract_fast.loss.chunked import beside_zeros, input_gradients, logits_buffer, read, scaled
 from tract_fast.loss.plan import plan_chunks
 from tract_fast.loss.rows import Picked, finish, transform, transform_picked
 from tract_fast.loss.terms import (
@@ -97,7 +97,7 @@ def sampled_loss(*args) -> tuple[Tensor, ...]:
             if quantized:
                 chunk, factor = proposal.logits_of(x, quantized, n_vocab)
             else:
-                chunk = torch.mm(x, a.weight.t(), out=logits[: j - i])
+                chunk = torch.mm(beside_zeros(x), a.weight.t(), out=logits[: j - i])
             picked = native.pick(x, part.labels, a)
             out = (lists.rows(i, j), dx[i:j], spread[i:j], norm[i:j], factor, weights[i:j])
             make(chunk, picked, part, stats.rows(i, j), a, x, begins[i:j], reference, eps, *out)
