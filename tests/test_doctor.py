@@ -52,7 +52,7 @@ def test_says_what_runs_and_why(capsys, tmp_path, monkeypatch):
     ):
         assert lines[name], name
     assert "generate.backend" in lines["generation"] or "backend = vllm: there is no command" in lines["generation"]
-    for part in ("loss chunked", "loss sampled", "attention", "save"):
+    for part in ("loss chunked", "loss sampled", *["loss int8"] * doctor.proposal.VNNI, "attention", "save"):
         for dtype in ("float32", "bfloat16"):
             assert "right; " in printed.split("self-test")[1].split(f"{part}, {dtype}")[1].splitlines()[0]
     assert "wrong: nothing" in printed and "FAILS" not in printed
@@ -106,7 +106,9 @@ def test_a_kernel_that_fails_is_told_and_the_rest_printed(monkeypatch, capsys):
     assert "FAILS: RuntimeError: no C compiler second line ~/secret" in printed
     after = printed.split("FAILS: RuntimeError", 1)[1]
     assert all(f"{name:24} right" in after for name in ("attention, bfloat16", "save, bfloat16"))
-    assert "wrong: loss chunked, float32, loss sampled, float32, loss chunked, bfloat16" in after
+    losses = ("chunked", "sampled", *["int8"] * doctor.proposal.VNNI)
+    wrong = [f"loss {name}, {dtype}" for dtype in ("float32", "bfloat16") for name in losses]
+    assert f"wrong: {', '.join(wrong)}" in after
 
 
 def test_finds_a_wrong_attention(monkeypatch, capsys, only):

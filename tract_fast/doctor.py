@@ -156,6 +156,9 @@ def checks(device: torch.device) -> Iterator[tuple[str, Callable[[], str]]]:
         for name in ("chunked", "fused") if runs_triton(device.type) else ("chunked",):
             yield f"loss {name}, {short}", partial(selftest.check_loss, name, device, dtype)
         yield f"loss sampled, {short}", partial(selftest.check_sampled, device, dtype)
+        for kind in proposal.KINDS:
+            if proposal.refusal(kind, device, dtype, Head().hidden_size) is None:
+                yield f"loss {kind}, {short}", partial(selftest.check_sampled, device, dtype, kind)
         yield f"attention, {short}", partial(check_attention, device, dtype)
         yield f"save, {short}", partial(selftest.check_save, dtype)
 

@@ -163,7 +163,7 @@ class Loss:
     gradient: Literal["exact", "sampled"] = "exact"
     """The gradient through the vocabulary: exact, or drawn at random around it (unbiased; cheaper on a CPU)."""
     eps: float | None = None
-    """Of a sampled gradient: tokens of a probability below it are kept at random. null is 2^-10."""
+    """Of a sampled gradient: tokens of a probability below it are kept at random. null is 2^-10, .00098."""
     proposal: Literal["none", "int8", "fp8"] = "none"
     """Of a sampled gradient: draw on 8-bit logits (int8: CPUs with VNNI; fp8: Hopper), then correct."""
     implementation: Literal["auto", "chunked", "fused", "reference"] = "auto"

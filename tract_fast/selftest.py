@@ -94,9 +94,9 @@ def distance(found: Tensor, truth: Tensor) -> float:
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
-def check_sampled(device: torch.device, dtype: torch.dtype) -> str:
-    """The sampled gradient of some seeds: one differs from the exact gradient by what it says that it adds, and their
-    mean by that over the root of their number."""
+def check_sampled(device: torch.device, dtype: torch.dtype, proposal: str = "none") -> str:
+    """The sampled gradient of some seeds, drawn on such a ``proposal``: one differs from the exact gradient by what it
+    says that it adds, and their mean by that over the root of their number."""
     head, rest = problem(256, 1003, 96, dtype)
     rest = [x.to(device) for x in rest]
 
@@ -107,7 +107,8 @@ def check_sampled(device: torch.device, dtype: torch.dtype) -> str:
         return found, out.added_variance.item() if "seed" in options else 0.0
 
     exact, _ = grads(torch.float64, implementation="reference")
-    drawn = [grads(dtype, gradient="sampled", eps=DRAW_EPS, seed=seed) for seed in range(DRAWS)]
+    options = {"gradient": "sampled", "eps": DRAW_EPS, "proposal": proposal}
+    drawn = [grads(dtype, **options, seed=seed) for seed in range(DRAWS)]
     told, wrong = [], False
     said = math.sqrt(sum(added for _, added in drawn) / DRAWS)
     for i, name in enumerate(("dX", "dW")):

@@ -447,13 +447,34 @@ def test_the_head_quantises_once_a_step(monkeypatch, trained):
 
 
 @pytest.mark.parametrize(
+    ("rows", "kind", "told"),
+    [
+        (torch.ones(3, 4), "int4", "kind = 'int4': must be 'int8' or 'fp8'"),
+        (torch.ones(4), "int8", "weight is (4,) of torch.float32: must be a (V, D) matrix"),
+        (torch.ones(3, 4, dtype=torch.int32), "int8", "weight is (3, 4) of torch.int32: must be a (V, D) matrix"),
+    ],
+)
+def test_weights_that_cannot_be_quantised(rows, kind, told):
+    with pytest.raises(ValueError, match="must be") as caught:
+        quantize_weight(rows, kind)
+    assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("options", "told"),
     [
         ({"proposal": "int4"}, "proposal = 'int4': must be 'none', 'int8' or 'fp8'"),
         ({"proposal": "int8", "gradient": "exact"}, "must be 'none' with gradient = 'exact'"),
         ({"proposal": "none", "quantized": "int8"}, "must be None with proposal = 'none'"),
-        ({"proposal": "fp8", "quantized": "int8"}, "a int8 weight of 11 x 5: must be quantize_weight"),
-        ({"proposal": "int8", "quantized": "other"}, "a int8 weight of 3 x 5: must be quantize_weight"),
+        (
+            {"proposal": "fp8", "quantized": "int8"},
+            "int8 codes of a weight of 11 x 5, and weight is 11 x 5: must be quantize_weight",
+        ),
+        ({"proposal": "int8", "quantized": "pair"}, "quantized is a tuple: must be quantize_weight(weight, kind)"),
+        (
+            {"proposal": "int8", "quantized": "other"},
+            "int8 codes of a weight of 3 x 5, and weight is 11 x 5: must be quantize_weight",
+        ),
     ],
 )
 def test_arguments_that_cannot_be(options, told):
@@ -461,7 +482,7 @@ def test_arguments_that_cannot_be(options, told):
     if "quantized" in options:
         rows = args["weight"].detach()
         kept = quantize_weight(rows if options["quantized"] == "int8" else rows[:3], "int8")
-        options = options | {"quantized": kept}
+        options = options | {"quantized": tuple(kept) if options["quantized"] == "pair" else kept}
     with pytest.raises(ValueError, match=r"proposal|quantized") as caught:
         linear_tract_loss(**args, **{"gradient": "sampled"} | options)
     assert told in str(caught.value)

@@ -238,9 +238,11 @@ def check_proposal(
     """Raise ValueError for a proposal that cannot be made here, that nothing would use, or of another weight."""
     if proposal not in ("none", *proposals.KINDS):
         raise ValueError(f"proposal = {proposal!r}: must be 'none', 'int8' or 'fp8'")
+    if quantized is not None and not isinstance(quantized, QuantizedWeight):
+        raise ValueError(f"quantized is a {type(quantized).__name__}: must be quantize_weight(weight, kind), or None")
     if proposal == "none":
         if quantized is not None:
-            raise ValueError(f"quantized is a {quantized.kind} weight: must be None with proposal = 'none'")
+            raise ValueError(f"quantized is {quantized.kind} codes of a weight: must be None with proposal = 'none'")
         return
     if gradient != "sampled":
         raise ValueError(f"proposal = {proposal!r}: must be 'none' with gradient = {gradient!r}, which draws nothing")
@@ -255,7 +257,8 @@ def check_proposal(
     shapes = quantized.scales.shape == (rows,) and (rows, width) == (expected, weight.shape[1])
     if quantized.kind != proposal or not shapes or quantized.codes.device != weight.device:
         raise ValueError(
-            f"quantized is a {quantized.kind} weight of {rows} x {width}: must be quantize_weight(weight, {proposal!r})"
+            f"quantized is {quantized.kind} codes of a weight of {rows} x {width}, and weight is {len(weight)} x "
+            f"{weight.shape[1]}: must be quantize_weight(weight, {proposal!r})"
         )
 
 

@@ -95,7 +95,13 @@ VNNI = has_vnni()  # asked once: a compiler cannot trace it
 @torch.no_grad()
 def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
     """``weight`` (V, D) in 8 bits, a row at a time. It is good for as long as ``weight`` does not change; proposals
-    of an older W cost accuracy of the draw, and no bias beyond that of any proposal."""
+    of an older W cost accuracy of the draw, which ``largest_weight`` and ``effective_share`` of the result show.
+
+    Raises ValueError for another kind, and for what is no matrix of floats."""
+    if kind not in KINDS:
+        raise ValueError(f"kind = {kind!r}: must be 'int8' or 'fp8'")
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight is {tuple(weight.shape)} of {weight.dtype}: must be a (V, D) matrix of floats")
     codes, scales = quantize_rows(weight, kind)
     if kind == "fp8" and (short := -len(weight) % ALIGNMENT):
         codes = torch.cat([codes.view(torch.uint8), codes.view(torch.uint8).new_zeros(short, weight.shape[1])])
