@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <string>
+#include <vector>
 
 inline int failures = 0;
 
@@ -15,3 +16,8 @@ inline void expect(bool condition, const std::string& what) {
 
 inline float from_bfloat16(uint16_t x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
 inline uint16_t to_bfloat16(float x) { return static_cast<uint16_t>(__builtin_bit_cast(uint32_t, x) >> 16); }
+inline std::vector<uint16_t> in_bfloat16(const std::vector<float>& from) {
+  std::vector<uint16_t> to;
+  for (const float x : from) to.push_back(to_bfloat16(x));
+  return to;
+}

@@ -78,11 +78,11 @@ def distance(x: torch.Tensor, truth: np.ndarray) -> float:
     return float(np.linalg.norm(x.detach().double().cpu().numpy() - truth))
 
 
-def assert_as_exact_as_eager(
-    p: dict, dtype: torch.dtype, implementation: str, upstream: float, *, slack: bool = True, **options
-) -> None:
-    """Error (norm) against float64 at most twice eager's, plus, with ``slack``, a rounding of one logit and one
-    gradient.
+def beside_eager(
+    p: dict, dtype: torch.dtype, implementation: str, upstream: float, *, slack: bool, **options
+) -> dict[str, tuple[float, float]]:
+    """Errors (norm) against float64 and their bounds: twice eager's, plus, with ``slack``, a rounding of one logit and
+    one gradient.
 
     On a few rows eager's own error is a matter of chance, which the slack allows for; 16-bit logits of thousands are
     several apart, and only finite results can be asked for.
@@ -93,7 +93,7 @@ def assert_as_exact_as_eager(
     grads = {name: grad for name, grad in grads.items() if grad is not None}
     if dtype != torch.float32 and np.abs(p["weight"]).max(initial=0.0) > 100:
         assert all(x.isfinite().all() for x in [*out[:5], *grads.values()])
-        return
+        return {}
     eager_out, eager_grads = eager(on_device(tensors(p, dtype)), upstream)
     eps = max(torch.finfo(dtype).eps, 1e-5) * slack
     z = p["hidden"] @ p["weight"].T + (0 if p["bias"] is None else p["bias"])
@@ -102,9 +102,15 @@ def assert_as_exact_as_eager(
     exact = {name: upstream * g for name, g in truth.items()}
     checks = [(name, getattr(out, name), eager_out[name], value, 1.0) for name, value in values.items()]
     checks += [(f"gradient of {n}", g, eager_grads[n], exact[n], floor[n] * abs(upstream)) for n, g in grads.items()]
-    for name, ours, theirs, value, scale in checks[not slack :]:  # the loss, one number, is chance
-        bound = 2 * distance(theirs, value) + one_logit * max(scale, np.linalg.norm(value))
-        error = distance(ours, value)
+    return {
+        name: (distance(ours, value), 2 * distance(theirs, value) + one_logit * max(scale, np.linalg.norm(value)))
+        for name, ours, theirs, value, scale in checks[not slack :]  # the loss, one number, is chance
+    }
+
+
+def assert_as_exact_as_eager(p: dict, dtype: torch.dtype, implementation: str, upstream: float, **options) -> None:
+    """Of one problem of any size, so with slack."""
+    for name, (error, bound) in beside_eager(p, dtype, implementation, upstream, slack=True, **options).items():
         assert error <= bound or np.isnan(bound), f"{name}: error {error:.3g}, bound {bound:.3g}"
 
 
@@ -112,9 +118,15 @@ def assert_as_exact_as_eager(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_many_rows_need_no_slack(implementation, dtype, normalize):
+    """Of several problems together: in one, a single row of a large weight may have most of the error, by chance."""
     n, v, d = (32, 100, 32) if INTERPRETED else (256, 900, 64)
-    p = problem(n=n, v=v, d=d, k=5, b=12, spread=4.0, normalize=normalize)
-    assert_as_exact_as_eager(p, dtype, implementation, 1.3, slack=False)
+    found = []
+    for seed in range(5):
+        p = problem(n=n, v=v, d=d, k=5, b=12, spread=4.0, normalize=normalize, seed=seed)
+        found.append(beside_eager(p, dtype, implementation, 1.3, slack=False))
+    for name in found[0]:
+        error, bound = (np.linalg.norm([one[name][i] for one in found]) for i in range(2))
+        assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
