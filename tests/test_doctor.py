@@ -181,7 +181,8 @@ def test_a_variant_that_is_not_there_is_one_sentence(monkeypatch, capsys):
 @pytest.mark.parametrize("amx", [False, True])
 def test_says_what_a_cpu_multiplies_with(monkeypatch, amx, held):
     """With AMX the products of bfloat16 are as fast as those of 8 bits, unless oneDNN is held to less."""
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
     if held:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
     there = {"avx512_bf16": True, "avx512_vnni": True, "amx_bf16": amx}

@@ -95,7 +95,7 @@ VNNI = has_vnni()  # asked once: a compiler cannot trace it
 @torch.no_grad()
 def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
     """``weight`` (V, D) in 8 bits, a row at a time. It is good for as long as ``weight`` does not change; proposals
-    of an older W cost accuracy of the draw, which ``largest_weight`` and ``effective_share`` of the result show.
+    of an older W make loss and draw less accurate, which nothing but ``largest_weight`` and ``effective_share`` shows.
 
     Raises ValueError for another kind, and for what is no matrix of floats."""
     if kind not in KINDS:
